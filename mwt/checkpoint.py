@@ -1,0 +1,186 @@
+"""Run directories and checkpoints: safetensors for tensors, JSON for the rest, nothing pickled, nothing half written.
+
+    RUN/config.yaml               the resolved configuration
+    RUN/overrides.txt             what was given on the command line
+    RUN/env.json                  commit, versions, hardware
+    RUN/metrics.jsonl             one object a line
+    RUN/checkpoints/last.json     {"folder": "step-00001234"}: replaced only once that folder is whole
+    RUN/checkpoints/best.json     likewise, where the data has a validation split
+    RUN/checkpoints/step-…/       model.safetensors, config.json, README.md (`from_pretrained` reads them),
+                                  optimizer.safetensors, state.json
+    RUN/eval/NAME.json, RUN/figures/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mwt.config import ClassifyConfig, load_config
+from mwt.errors import InputError
+from mwt.model import MetaWeightTransformer
+from mwt.runtime import write_json
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not readable as JSON ({error}).") from error
+
+
+def _optimizer_tensors(model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}|{key}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def save_checkpoint(
+    run: Path,
+    *,
+    name: str,
+    model: MetaWeightTransformer,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write a checkpoint and let `name` ("last" or "best") point at it; older ones that nothing points at are removed.
+
+    Args:
+        state: JSON-able; `state["step"]` names the folder.
+
+    Raises:
+        OSError: disk full, no permission. The previous checkpoint is then untouched.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{state['step']:08d}"
+    if not final.is_dir():
+        temporary = folder / f".{final.name}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            model.save_pretrained(temporary)
+            save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            write_json(temporary / "state.json", {**state, "groups": groups})
+            for file in temporary.iterdir():
+                _sync(file)
+            os.replace(temporary, final)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # it wraps the OSError, whose text alone names the disk
+                raise OSError(f"the checkpoint of step {state['step']} could not be written: {error}") from error
+            raise
+        _sync(folder)
+    write_json(folder / f"{name}.json", {"folder": final.name})
+    _remove_unused(folder)
+    return final
+
+
+def _remove_unused(folder: Path) -> None:
+    kept = {json.loads(pointer.read_text())["folder"] for pointer in folder.glob("*.json")}
+    for path in folder.iterdir():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoint(run: Path, name: str = "last") -> Path:
+    """The folder that `last` or `best` points at.
+
+    Raises:
+        InputError: not a run directory, or no such checkpoint; says what there is.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not a run directory (it has no config.yaml); train.classify makes them.")
+    pointer = run / "checkpoints" / f"{name}.json"
+    if not pointer.is_file():
+        there = sorted(path.stem for path in (run / "checkpoints").glob("*.json"))
+        hint = f"it has {' and '.join(there)}" if there else "training has not written any yet"
+        raise InputError(f"{run} has no checkpoint {name!r}; {hint}.")
+    folder = run / "checkpoints" / str(_read_json(pointer)["folder"])
+    if not folder.is_dir():
+        raise InputError(f"{pointer} points at {folder.name}, which is not there.")
+    return folder
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> MetaWeightTransformer:
+    """The model of a checkpoint folder, in evaluation mode.
+
+    Raises:
+        InputError: a missing or damaged file.
+    """
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder} holds no model: {file} is missing.")
+    try:
+        return MetaWeightTransformer.from_pretrained(folder, map_location="cpu").to(device)
+    except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def resume(
+    folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put a checkpoint into `model` and `optimizer`, in place, and return its state.
+
+    Raises:
+        InputError: the checkpoint belongs to another architecture; names what differs.
+    """
+    _check_architecture(_read_json(folder / "config.json"), model, folder)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    tensors = load_file(folder / "optimizer.safetensors")
+    named = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, entry = key.rsplit("|", 1)
+        parameter = named[name]
+        # AdamW keeps its step counter in float32 beside the parameter if fused, else on the CPU.
+        optimizer.state[parameter][entry] = value.to(parameter.device)
+    state: dict[str, Any] = _read_json(folder / "state.json")
+    for group, saved in zip(optimizer.param_groups, state.pop("groups"), strict=True):
+        group.update({key: tuple(v) if isinstance(v, list) else v for key, v in saved.items()})
+    return state
+
+
+def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, folder: Path) -> None:
+    import dataclasses
+
+    ours = dataclasses.asdict(model.config)
+    stored = dataclasses.asdict(type(model.config)(**saved))
+    for block, values in ours.items():
+        for key, value in values.items():
+            if stored[block][key] != value:
+                raise InputError(
+                    f"The checkpoint {folder} is of another model: {block}.{key} is {stored[block][key]!r} there "
+                    f"and {value!r} here. Use the run's own config, or another run.dir."
+                )
+
+
+def load_run(run: Path | str, *, checkpoint: str = "last", device: torch.device | str = "cpu") -> tuple[ClassifyConfig, MetaWeightTransformer]:
+    """Configuration and model of a run directory, for `eval` programs.
+
+    Raises:
+        InputError: no run directory, no such checkpoint, a damaged file.
+    """
+    run = Path(run)
+    folder = find_checkpoint(run, checkpoint)
+    return load_config(ClassifyConfig, run / "config.yaml"), load_model(folder, device)

@@ -1,0 +1,294 @@
+"""Configuration: frozen dataclasses, filled from YAML and `key=value`, never written to afterwards.
+
+Order of precedence: the defaults below, then the file's `base:`, then the file, then the command line. `variant` sets
+the values that make a published model (`VARIANTS`) at the level where it is named; keys beside it override it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mwt.errors import InputError
+from mwt.structs import SignalFacts
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Gielisse and van Gemert (CVPR 2025), section 4.1 and table 2; MWT-W is in their released code only.
+    "MWT": {"siren.hidden": 128, "reader.mlp_ratio": 1.0, "loss.classification_weight": 0.01},
+    "MWT-L": {"siren.hidden": 256, "reader.mlp_ratio": 1.0, "loss.classification_weight": 0.01},
+    "WT": {"siren.hidden": 128, "reader.mlp_ratio": 1.0, "loss.classification_weight": 0.0},
+    "MWT-W": {"siren.hidden": 128, "reader.mlp_ratio": 4.0, "loss.classification_weight": 0.01},
+}
+
+
+def list_variants() -> list[str]:
+    """Names of the published models that `variant=` selects."""
+    return list(VARIANTS)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SirenConfig:
+    """The field: `hidden_layers` hidden layers after the input layer, all sine, then a linear head."""
+
+    hidden: int = 128
+    """H, the width; also the width of the Transformer."""
+    hidden_layers: int = 4
+    """L, hidden-to-hidden layers; the paper's 'depth'. There are L + 1 sine layers."""
+    omega: float = 10.0
+    """Frequency of the first layer: 10 for small images and shapes, 30 for 320 x 320."""
+    out_scale: float = 0.1
+    """Initial scale of the output, learned per channel."""
+
+    def __post_init__(self) -> None:
+        _require(self.hidden >= 1, f"siren.hidden is {self.hidden}; it must be at least 1.")
+        _require(self.hidden_layers >= 1, f"siren.hidden_layers is {self.hidden_layers}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerLoopConfig:
+    """Fitting: `steps` gradient steps from the learned base, with learned rates (Meta-SGD)."""
+
+    steps: int = 6
+    """S, the paper's k."""
+    shared_alpha: bool = False
+    """One vector of learned rates for all steps instead of one per step."""
+    alpha_min: float = 0.1
+    alpha_max: float = 1.0
+    """Learned rates start uniform between alpha_min and alpha_max."""
+    fraction: float = 1.0
+    """s, the share of points that each step sees: max(1, floor(s * N)) fresh ones per signal, without replacement."""
+    points: int | None = None
+    """The same as a count; takes precedence over `fraction`."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")
+        _require(0 < self.fraction <= 1, f"inner_loop.fraction is {self.fraction}; it must lie in (0, 1].")
+        _require(self.points is None or self.points >= 1, "inner_loop.points must be at least 1, or null.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderConfig:
+    """The weight-space classifier."""
+
+    name: str = "transformer"
+    """One of `mwt.readers.list_readers()`."""
+    token_scale: float = 500.0
+    """lambda, the factor on (offsets + beta); 0 means layer norm over tokens and features together."""
+    blocks: int = 10
+    mlp_ratio: float = 1.0
+    head_dim: int = 64
+    layer_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.token_scale >= 0, f"reader.token_scale is {self.token_scale}; it must be 0 (layer norm) or positive.")
+        _require(self.blocks >= 1, f"reader.blocks is {self.blocks}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The outer loss."""
+
+    classification_weight: float = 0.01
+    """w_cls: how much of the classification gradient reaches the SIREN and the learned rates. 0 detaches (WT)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the signals come from. Classes, channels and sizes come with the data."""
+
+    path: str = "builtin:digits"
+    """A folder made by `python -m data_pipes.prepare`, or builtin:NAME."""
+    batch_size: int = 16
+    """Signals per optimizer step, over all processes."""
+    augment: Literal["none", "crop", "crop_flip", "affine_flip", "points"] = "none"
+    """crop: reflect padding and random crop. crop_flip: and horizontal flip. affine_flip: the paper's augmentation
+    for 320 x 320 (reflect pad, rotate, crop, rescale, flip). points: scale and jitter of point sets."""
+    crop_padding: int = 4
+    train_split: str = "train"
+    test_split: str = "test"
+    """What `eval.*` reads unless told otherwise."""
+    monitor_split: str | None = None
+    """Split to evaluate while training; by default `val` where the data has one. `best` is only ever chosen on `val`."""
+    resident_mb: int = 4096
+    """A split up to this size (uint8, MiB) is kept on the device; larger ones stream from their shards."""
+    workers: int = 2
+    """Reading processes for splits that stream."""
+    limit: int | None = None
+    """Use only the first so many samples of each split (for trying things)."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        _require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with three groups, OneCycle, gradient clipping per group (released code; paper section 4)."""
+
+    epochs: int = 10
+    lr_siren: float = 1e-4
+    lr_alpha: float = 1e-2
+    lr_reader: float = 1e-4
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0
+    """Largest gradient norm of each group; null switches clipping off."""
+    warmup: float = 0.05
+    """OneCycle's pct_start: the share of all steps in which the rates rise."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How and where the program runs."""
+
+    dir: str = "runs/classify"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the training step. auto: on where a compiler is at hand and the run is long enough to pay."""
+    threads: int | None = None
+    """CPU threads; null leaves it to torch."""
+    log_every: int = 50
+    """Optimizer steps between two lines of metrics.jsonl; the device is read only then."""
+    monitor_every: int = 1
+    """Epochs between two evaluations of the monitored split."""
+    checkpoint_minutes: float = 5.0
+    """A checkpoint is written at the end of every epoch and after so many minutes within one."""
+    eval_batch_size: int = 256
+    trackers: tuple[str, ...] = ()
+    """Further trackers of accelerate: tensorboard, wandb, trackio. metrics.jsonl is always written."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        for name in ("log_every", "monitor_every", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Everything that `train.classify` takes."""
+
+    variant: str = "MWT"
+    """One of VARIANTS."""
+    siren: SirenConfig = field(default_factory=SirenConfig)
+    inner_loop: InnerLoopConfig = field(default_factory=InnerLoopConfig)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+DEBUG = (
+    "data.limit=32", "data.batch_size=8", "optim.epochs=1", "inner_loop.points=16", "inner_loop.steps=2",
+    "reader.blocks=1", "siren.hidden_layers=1", "run.device=cpu", "run.precision=fp32", "run.compile=off",
+    "run.log_every=1", "data.workers=0",
+)  # fmt: skip
+"""What `--debug` adds: a run of seconds on any data, that goes through everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What it takes to build a model again: stored as `config.json` beside its weights."""
+
+    siren: SirenConfig
+    inner_loop: InnerLoopConfig
+    reader: ReaderConfig
+    loss: LossConfig
+    signal: SignalFacts
+
+    def __post_init__(self) -> None:
+        blocks = {
+            "siren": SirenConfig, "inner_loop": InnerLoopConfig, "reader": ReaderConfig, "loss": LossConfig,
+            "signal": SignalFacts,
+        }  # fmt: skip
+        for name, block in blocks.items():  # JSON brings dicts
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                object.__setattr__(self, name, block(**value))
+
+
+def model_config(config: ClassifyConfig, signal: SignalFacts) -> ModelConfig:
+    """The part of a run's configuration that makes the model, with the facts of its data."""
+    return ModelConfig(
+        siren=config.siren, inner_loop=config.inner_loop, reader=config.reader, loss=config.loss, signal=signal
+    )
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _variant_overrides(name: object, where: str) -> DictConfig:
+    if name not in VARIANTS:
+        raise InputError(f"{where}: variant {name!r} is not known; choose one of {', '.join(VARIANTS)}.")
+    return OmegaConf.from_dotlist([f"{key}={value}" for key, value in VARIANTS[str(name)].items()])
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise InputError(f"No config file at {path}; `python -m train.classify --list` shows those that come with it.")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:  # PyYAML raises many kinds
+        raise InputError(f"{path} is not valid YAML: {_one_line(error)}.") from error
+    if not isinstance(loaded, DictConfig):
+        raise InputError(f"{path} must hold `key: value` lines, not a {type(loaded).__name__}.")
+    return loaded
+
+
+def _levels(path: Path, *, may_have_base: bool = True) -> list[tuple[str, DictConfig]]:
+    """The file, and before it the one that its `base:` names (one level only, relative to the file)."""
+    own = _read_yaml(path)
+    base = own.pop("base", None)
+    levels = [(str(path), own)]
+    if base is not None:
+        if not may_have_base:
+            raise InputError(f"{path} is used as a base and has a base itself; only one level is allowed.")
+        levels = _levels(path.parent / str(base), may_have_base=False) + levels
+    return levels
+
+
+def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> ConfigT:
+    """`schema` filled from the YAML file at `path` and `key=value` overrides.
+
+    Raises:
+        InputError: a missing file, an unknown key (with a suggestion), a wrong type or a value out of range.
+    """
+    for item in overrides:
+        if "=" not in item:
+            raise InputError(f"{item!r} is not of the form key=value.")
+    levels = [] if path is None else _levels(Path(path))
+    if overrides:
+        levels.append(("command line", OmegaConf.from_dotlist(list(overrides))))
+    merged = OmegaConf.structured(schema)
+    try:
+        for where, level in levels:
+            if "variant" in level:
+                merged = OmegaConf.merge(merged, _variant_overrides(level["variant"], where))
+            merged = OmegaConf.merge(merged, level)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
+        raise InputError(f"{where}: {_one_line(error)}{key}") from error
+
+
+def config_yaml(config: object) -> str:
+    """The configuration as YAML, complete: `load_config` on it gives an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,136 @@
+"""MetaWeightTransformer: a meta-learned SIREN, its learned rates, and a reader of the fitted offsets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mwt.config import ModelConfig
+from mwt.errors import InputError
+from mwt.inner_loop import fit
+from mwt.losses import scale_gradient
+from mwt.meta_sgd import MetaSGD
+from mwt.metrics import psnr
+from mwt.observe import observe, whole
+from mwt.readers import READERS
+from mwt.siren import Siren
+from mwt.structs import Batch, Observations, Output
+from mwt.tokens import tokens
+
+BUILTIN = "builtin:"
+
+
+def list_builtin_models() -> list[str]:
+    """Names of the trained models that come with the package, for `from_pretrained`."""
+    folder = files("mwt") / "builtin"
+    return sorted(BUILTIN + entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model says of one image."""
+
+    label: str
+    probabilities: dict[str, float]
+    psnr: float
+    """How well the fitted SIREN, which is all that the classifier saw, shows the image; dB."""
+
+
+class MetaWeightTransformer(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="meta-weight-transformer",
+    license="mit",
+    tags=["implicit-neural-representation", "weight-space-learning", "siren", "meta-learning"],
+    repo_url="",
+    docs_url="",
+    paper_url="",
+):
+    """Fits a SIREN to every signal and classifies the fitted weights; trained end to end.
+
+    Gielisse and van Gemert, "End-to-End Implicit Neural Representations for Classification", CVPR 2025.
+    Only offsets reach the reader: it never sees a pixel.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        signal = config.signal
+        self.siren = Siren(config.siren, coordinate_dims=signal.coordinate_dims, channels=signal.channels)
+        self.alpha = MetaSGD(config.inner_loop, self.siren.adapted_size)
+        if config.reader.name not in READERS:
+            raise InputError(f"reader.name is {config.reader.name!r}; there are {', '.join(READERS)}.")
+        hidden = config.siren.hidden
+        self.reader = READERS[config.reader.name](
+            config.reader,
+            tokens=config.siren.hidden_layers * hidden,
+            features=hidden + 1,
+            classes=len(signal.classes),
+        )
+
+    def forward(self, observations: Observations, steps: int | None = None) -> Output:
+        """Fit and read a batch. The gradient that the reader sends into the fit is scaled by w_cls.
+
+        Args:
+            steps: inner steps, if other than trained (shared rates only).
+        """
+        steps = self.config.inner_loop.steps if steps is None else steps
+        fitted = fit(self.siren, self.alpha, observations, steps=steps)
+        offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
+        return Output(fit=fitted, logits=self.reader(tokens(self.siren, offsets)))
+
+    @torch.no_grad()
+    def predict(self, images: UInt8[Tensor, "B C h w"] | UInt8[Tensor, "C h w"]) -> list[Prediction]:
+        """Classify images through their fitted SIRENs. Deterministic, also where each step sees a random subset.
+
+        Args:
+            images: grey levels 0 to 255, with the channels that the model was trained on (`config.signal`); one
+                image or a batch. `data_pipes.decode.load_image` makes them from files.
+        """
+        device = self.siren.out_scale.device
+        if images.ndim == 3:
+            images = images[None]
+        count = len(images)
+        positions = torch.arange(count, device=device)
+        batch = Batch(images=images.to(device), labels=torch.zeros_like(positions), positions=positions)
+        output = self(observe(batch, self.config.inner_loop, seed=0, purpose="evaluate"))
+        everything = whole(batch)
+        quality = psnr(self.siren(output.fit.offsets, everything.coords), everything.values)
+        names = self.config.signal.classes
+        return [
+            Prediction(label=names[int(p.argmax())], probabilities=dict(zip(names, p.tolist(), strict=True)), psnr=float(q))
+            for p, q in zip(output.logits.softmax(-1), quality, strict=True)
+        ]
+
+    def reconstruct(self, offsets: Float[Tensor, "B W"], height: int, width: int) -> Float[Tensor, "B C h w"]:
+        """Images of fitted fields at any resolution, in [-1, 1] (not clamped)."""
+        from mwt.observe import grid
+
+        values = self.siren(offsets, grid(height, width, device=offsets.device, dtype=offsets.dtype))
+        return values.mT.reshape(len(offsets), -1, height, width)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The three groups that are optimised and clipped apart: siren, alpha, reader."""
+        return {name: list(getattr(self, name).parameters()) for name in ("siren", "alpha", "reader")}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> MetaWeightTransformer:
+        """A trained model from a folder, a run's checkpoint, the Hugging Face hub, or `builtin:NAME`.
+
+        Raises:
+            InputError: no such builtin model.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name.startswith(BUILTIN):
+            if name not in list_builtin_models():
+                raise InputError(f"There is no model {name!r}; there are {', '.join(list_builtin_models()) or 'none'}.")
+            name = str(files("mwt") / "builtin" / name.removeprefix(BUILTIN))
+        model: MetaWeightTransformer = super().from_pretrained(name, **kwargs)
+        return model.eval()

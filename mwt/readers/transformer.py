@@ -1,0 +1,55 @@
+"""The weight-space Transformer of MWT (paper, sections 3.2 and 4)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mwt.config import ReaderConfig
+from mwt.errors import InputError
+
+
+class TransformerReader(nn.Module):
+    """Pre-norm Transformer over neuron tokens, mean over tokens, linear logits; no class token, no final norm.
+
+    Tokens are shifted by a learned base beta and scaled by lambda (equation 7), or, with `token_scale` 0, normalised
+    over tokens and features together.
+    """
+
+    def __init__(self, config: ReaderConfig, *, tokens: int, features: int, classes: int) -> None:
+        super().__init__()
+        width = features - 1
+        if width % config.head_dim:
+            raise InputError(
+                f"siren.hidden is {width}, which is not a multiple of the attention's head dimension "
+                f"(reader.head_dim, {config.head_dim}); choose a multiple of it."
+            )
+        self.token_scale = config.token_scale
+        self.base = nn.Parameter(torch.zeros(1, tokens, features))
+        self.embed = nn.Linear(features, width)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                width // config.head_dim,
+                mlp_ratio=config.mlp_ratio,
+                qkv_bias=False,
+                init_values=config.layer_scale,
+                norm_layer=partial(nn.LayerNorm, eps=1e-5),  # timm's own default is 1e-6
+            )
+            for _ in range(config.blocks)
+        )
+        self.logits = nn.Linear(width, classes)
+
+    def forward(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
+        """Class logits of a batch of tokenised offsets."""
+        x = tokens + self.base
+        x = x * self.token_scale if self.token_scale else F.layer_norm(x, x.shape[1:], eps=1e-5)
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(x.mean(dim=1))

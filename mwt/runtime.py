@@ -1,0 +1,179 @@
+"""What programs do to their process: allocator, threads, signals, exit status. Importing this module changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from mwt.errors import InputError, TrainingError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory instead of handing every large block back to the system.
+
+    With glibc's defaults each large CPU tensor is mapped and unmapped, and a training step spends most of its time in
+    page faults. Elsewhere (musl, macOS, Windows) this silently does nothing. Returns whether it took effect.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device.
+
+    Raises:
+        InputError: CUDA asked for where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device is cuda, but torch sees no CUDA device here; use run.device=cpu or auto.")
+    return torch.device(name)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can work here; where it cannot, one warning says what is missing."""
+    missing = []
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        missing.append("a C++ compiler (Debian: apt install g++)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append("Python's headers (Debian: apt install python3-dev)")
+    if missing:
+        warnings.warn(f"torch.compile needs {' and '.join(missing)}; going on without it, slower.", stacklevel=2)
+    return not missing
+
+
+class StopRequested:
+    """Turns the first SIGINT or SIGTERM into a flag, so that a program can save before it ends; a second one ends it.
+
+    Use as a context manager; `signal` is the number that arrived, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequested:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @property
+    def exit_status(self) -> int:
+        """130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
+
+
+def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
+    """Run a program's `main` and leave with its exit status: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 else.
+
+    Errors that a person can mend are one sentence on stderr without a traceback.
+    """
+    try:
+        status = main(argv) or 0
+    except InputError as error:
+        status = _complain(str(error), 2)
+    except TrainingError as error:
+        status = _complain(str(error), 1)
+    except KeyboardInterrupt:
+        status = _complain("interrupted.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+            raise
+        status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
+    sys.stdout.flush()
+    raise SystemExit(status)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the configuration: commit, versions, hardware."""
+    import mwt
+
+    source = Path(mwt.__file__).parent
+    names = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "meta-weight-transformer")
+    return {
+        "commit": _git(source, "rev-parse", "HEAD"),
+        "modified": bool(_git(source, "status", "--porcelain", "--untracked-files=no")),
+        "source": str(source),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in names},
+        "cpu": _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": sys.argv,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

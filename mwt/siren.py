@@ -1,0 +1,129 @@
+"""SIREN (Sitzmann et al. 2020) with weights per signal: a shared base theta plus offsets, one vector a signal.
+
+Facts of the published model (Gielisse and van Gemert, CVPR 2025, and their released code): omega multiplies only the
+first layer's pre-activation; the other sine layers are sin(x W + b); the linear head and the output scale are shared
+by all signals and never adapted. Coordinates are (y, x), or (x, y, z), in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mwt.config import SirenConfig
+
+LayerTensors = list[tuple[Tensor, Tensor]]
+"""Weight [..., in, out] and bias [..., out] of each sine layer."""
+
+
+class SineLayer(nn.Module):
+    """The shared part theta of one layer: weight [in, out] and bias [out]."""
+
+    def __init__(self, inputs: int, outputs: int, bound: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+
+class Siren(nn.Module):
+    """A field: coordinates in, channels out, with L + 1 sine layers that can differ from signal to signal.
+
+    Initialised as released: first layer U(+-1/in), hidden layers U(+-sqrt(6/in)) without division by omega, biases 0.
+    """
+
+    def __init__(self, config: SirenConfig, *, coordinate_dims: int, channels: int) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.omega = config.omega
+        self.hidden = hidden
+        bounds = [(coordinate_dims, 1 / coordinate_dims)] + [(hidden, (6 / hidden) ** 0.5)] * config.hidden_layers
+        self.layers = nn.ModuleList(SineLayer(inputs, hidden, bound) for inputs, bound in bounds)
+        self.head = nn.Linear(hidden, channels)
+        self.out_scale = nn.Parameter(torch.full((channels,), config.out_scale))
+
+    @property
+    def adapted_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the adapted tensors, in the order in which they lie in an offset vector."""
+        return [(f"layers.{i}.{name}", tuple(p.shape)) for i, m in enumerate(self.layers) for name, p in m.named_parameters()]
+
+    @property
+    def adapted_size(self) -> int:
+        """W, the length of an offset vector."""
+        return sum(p.numel() for p in self.layers.parameters())
+
+    def init_offsets(self, batch_size: int) -> Float[Tensor, "B W"]:
+        """Where every fit starts: zero offsets, the base itself."""
+        return self.out_scale.new_zeros(batch_size, self.adapted_size)
+
+    def base(self) -> LayerTensors:
+        """theta: weight [in, out] and bias [out] of each sine layer, without a batch dimension."""
+        return [(layer.weight, layer.bias) for layer in self.layers]  # type: ignore[misc]
+
+    def unflatten(self, flat: Float[Tensor, "*B W"]) -> LayerTensors:
+        """Views of flat vectors as layers: weight [*B, in, out] and bias [*B, out]. The only place that knows the layout."""
+        batch = flat.shape[:-1]
+        parts = iter(flat.split([p.numel() for p in self.layers.parameters()], dim=-1))
+        return [
+            (next(parts).reshape(*batch, *layer.weight.shape), next(parts))  # type: ignore[arg-type]
+            for layer in self.layers
+        ]
+
+    def flatten(self, layers: LayerTensors) -> Float[Tensor, "*B W"]:
+        """The inverse of `unflatten`."""
+        return torch.cat([part for weight, bias in layers for part in (weight.flatten(-2), bias)], dim=-1)
+
+    def adapted(self, offsets: LayerTensors) -> LayerTensors:
+        """phi = theta + offsets, layer by layer."""
+        return [(w + dw, b + db) for (w, b), (dw, db) in zip(self.base(), offsets, strict=True)]
+
+    def forward(
+        self, offsets: Float[Tensor, "B W"], coords: Float[Tensor, "P D"] | Float[Tensor, "B P D"]
+    ) -> Float[Tensor, "B P C"]:
+        """The values of the fields theta + offsets at any coordinates, on the training grid or between its points."""
+        prediction, _ = self.activate(self.adapted(self.unflatten(offsets)), coords)
+        return prediction
+
+    def activate(self, layers: LayerTensors, coords: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Forward pass that keeps sine and cosine of every pre-activation, for the written-out gradient.
+
+        With layers that have no batch dimension and shared coordinates everything stays [P, .]: the first inner step,
+        where all signals start from one base, is computed once for the batch.
+
+        Args:
+            layers: weight [in, out] or [B, in, out] and bias of each sine layer.
+            coords: [P, D] or [B, P, D].
+
+        Returns:
+            prediction [P, C] or [B, P, C], and (sin, cos), each [..., P, H], per layer.
+        """
+        weight, bias = layers[0]
+        # Coordinates times omega needs more digits than bf16 has (320 columns, omega 30): always full precision.
+        with torch.autocast(coords.device.type, enabled=False):
+            hidden = self.omega * (coords @ weight + bias[..., None, :])
+        states = [sincos(hidden)]
+        for weight, bias in layers[1:]:
+            states.append(sincos(states[-1][0] @ weight + bias[..., None, :]))
+        return self.head(states[-1][0]) * self.out_scale, states
+
+
+class _SinCos(torch.autograd.Function):
+    """sin and cos of one tensor; the backward pass reuses both instead of computing them again."""
+
+    @staticmethod
+    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.sin(), z.cos()
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_sin: Tensor, grad_cos: Tensor) -> Tensor:
+        sin, cos = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_sin * cos - grad_cos * sin
+
+
+def sincos(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(sin z, cos z), each computed once, in the forward pass."""
+    return _SinCos.apply(z)  # type: ignore[no-untyped-call,no-any-return]

@@ -1,0 +1,15 @@
+"""Offsets to tokens (paper, section 3.2): one token per output neuron of each hidden layer."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mwt.siren import Siren
+
+
+def tokens(siren: Siren, offsets: Float[Tensor, "B W"]) -> Float[Tensor, "B T F"]:
+    """Tokens [B, L * H, H + 1]: the incoming weight offsets of a neuron, then its bias offset. The first layer is left out."""
+    hidden = siren.unflatten(offsets)[1:]
+    return torch.cat([torch.cat([weight.mT, bias[..., None]], dim=-1) for weight, bias in hidden], dim=-2)

@@ -1,0 +1,49 @@
+"""metrics.jsonl: one JSON object a line, always written, never torn or doubled by a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends lines to a metrics.jsonl. `position` is what a checkpoint stores; `truncate` returns to it on resume."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("ab")
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far, all of them on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def truncate(self, position: int) -> None:
+        """Forget what was logged after a checkpoint."""
+        self._file.truncate(position)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, *, step: int, epoch: float, split: str, **numbers: float) -> None:
+        """One line: step, epoch, split, then named numbers."""
+        line = json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **numbers})
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl; a last line that a crash tore is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
