@@ -1,0 +1,38 @@
+"""Meta Weight Transformer: fit a meta-learned SIREN to every signal and classify the fitted weights.
+
+from mwt import MetaWeightTransformer
+from data_pipes import load_image
+
+model = MetaWeightTransformer.from_pretrained("builtin:digits")
+[prediction] = model.predict(load_image("digit.png", model.config.signal))
+print(prediction.label, prediction.psnr)
+"""
+
+from __future__ import annotations
+
+from mwt.config import ClassifyConfig, ModelConfig, list_variants, load_config
+from mwt.errors import InputError, TrainingError
+from mwt.model import MetaWeightTransformer, Prediction, list_builtin_models
+from mwt.readers import list_readers
+from mwt.structs import Batch, Fit, Losses, Observations, Output, SignalFacts
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "ClassifyConfig",
+    "Fit",
+    "InputError",
+    "Losses",
+    "MetaWeightTransformer",
+    "ModelConfig",
+    "Observations",
+    "Output",
+    "Prediction",
+    "SignalFacts",
+    "TrainingError",
+    "list_builtin_models",
+    "list_readers",
+    "list_variants",
+    "load_config",
+]

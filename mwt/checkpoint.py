@@ -1,18 +1,19 @@
 """Run directories and checkpoints: safetensors for tensors, JSON for the rest, nothing pickled, nothing half written.
 
-    RUN/config.yaml               the resolved configuration
-    RUN/overrides.txt             what was given on the command line
-    RUN/env.json                  commit, versions, hardware
-    RUN/metrics.jsonl             one object a line
-    RUN/checkpoints/last.json     {"folder": "step-00001234"}: replaced only once that folder is whole
-    RUN/checkpoints/best.json     likewise, where the data has a validation split
-    RUN/checkpoints/step-…/       model.safetensors, config.json, README.md (`from_pretrained` reads them),
-                                  optimizer.safetensors, state.json
-    RUN/eval/NAME.json, RUN/figures/
+RUN/config.yaml               the resolved configuration
+RUN/overrides.txt             what was given on the command line
+RUN/env.json                  commit, versions, hardware
+RUN/metrics.jsonl             one object a line
+RUN/checkpoints/last.json     {"folder": "step-00001234"}: replaced only once that folder is whole
+RUN/checkpoints/best.json     likewise, where the data has a validation split
+RUN/checkpoints/step-…/       model.safetensors, config.json, README.md (`from_pretrained` reads them),
+                              optimizer.safetensors, state.json
+RUN/eval/NAME.json, RUN/figures/
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -75,7 +76,8 @@ def save_checkpoint(
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
-    if not final.is_dir():
+    if final.name not in _pointed_at(folder):
+        shutil.rmtree(final, ignore_errors=True)  # of a run that died before anything pointed at it
         temporary = folder / f".{final.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -97,8 +99,12 @@ def save_checkpoint(
     return final
 
 
+def _pointed_at(folder: Path) -> set[str]:
+    return {str(_read_json(pointer)["folder"]) for pointer in folder.glob("*.json")}
+
+
 def _remove_unused(folder: Path) -> None:
-    kept = {json.loads(pointer.read_text())["folder"] for pointer in folder.glob("*.json")}
+    kept = _pointed_at(folder)
     for path in folder.iterdir():
         if path.is_dir() and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -138,9 +144,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> MetaWeightTr
         raise InputError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def resume(
-    folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint into `model` and `optimizer`, in place, and return its state.
 
     Raises:
@@ -162,8 +166,6 @@ def resume(
 
 
 def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, folder: Path) -> None:
-    import dataclasses
-
     ours = dataclasses.asdict(model.config)
     stored = dataclasses.asdict(type(model.config)(**saved))
     for block, values in ours.items():
@@ -175,7 +177,9 @@ def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, fol
                 )
 
 
-def load_run(run: Path | str, *, checkpoint: str = "last", device: torch.device | str = "cpu") -> tuple[ClassifyConfig, MetaWeightTransformer]:
+def load_run(
+    run: Path | str, *, checkpoint: str = "last", device: torch.device | str = "cpu"
+) -> tuple[ClassifyConfig, MetaWeightTransformer]:
     """Configuration and model of a run directory, for `eval` programs.
 
     Raises:

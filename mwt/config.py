@@ -89,7 +89,9 @@ class ReaderConfig:
     layer_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.token_scale >= 0, f"reader.token_scale is {self.token_scale}; it must be 0 (layer norm) or positive.")
+        _require(
+            self.token_scale >= 0, f"reader.token_scale is {self.token_scale}; it must be 0 (layer norm) or positive."
+        )
         _require(self.blocks >= 1, f"reader.blocks is {self.blocks}; it must be at least 1.")
 
 
@@ -117,7 +119,8 @@ class DataConfig:
     test_split: str = "test"
     """What `eval.*` reads unless told otherwise."""
     monitor_split: str | None = None
-    """Split to evaluate while training; by default `val` where the data has one. `best` is only ever chosen on `val`."""
+    """Split to evaluate while training; by default `val` where the data has one. `best` is chosen on `val` alone, and
+    not where `val` is the test split."""
     resident_mb: int = 4096
     """A split up to this size (uint8, MiB) is kept on the device; larger ones stream from their shards."""
     workers: int = 2
@@ -156,8 +159,8 @@ class RunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the training step. auto: on where a compiler is at hand and the run is long enough to pay."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile of the training step. auto: where a compiler is at hand and the run is long enough to pay."""
     threads: int | None = None
     """CPU threads; null leaves it to torch."""
     log_every: int = 50
@@ -192,8 +195,8 @@ class ClassifyConfig:
 
 
 DEBUG = (
-    "data.limit=32", "data.batch_size=8", "optim.epochs=1", "inner_loop.points=16", "inner_loop.steps=2",
-    "reader.blocks=1", "siren.hidden_layers=1", "run.device=cpu", "run.precision=fp32", "run.compile=off",
+    "data.limit=16", "data.batch_size=8", "optim.epochs=1", "inner_loop.points=16", "inner_loop.steps=2",
+    "reader.blocks=1", "siren.hidden_layers=1", "run.device=cpu", "run.precision=fp32", "run.compile=never",
     "run.log_every=1", "data.workers=0",
 )  # fmt: skip
 """What `--debug` adds: a run of seconds on any data, that goes through everything."""
@@ -292,3 +295,12 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
 def config_yaml(config: object) -> str:
     """The configuration as YAML, complete: `load_config` on it gives an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def list_configs(folder: Path) -> list[tuple[str, str]]:
+    """Config files below a folder, each with the first line of its header comment."""
+    rows = []
+    for path in sorted(folder.glob("**/*.yaml")):
+        first = path.read_text().splitlines()[:1]
+        rows.append((path.stem, first[0].lstrip("# ") if first and first[0].startswith("#") else ""))
+    return rows

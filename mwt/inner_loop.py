@@ -60,7 +60,9 @@ def fit(siren: Siren, alpha: MetaSGD, observations: Observations, *, steps: int)
         ValueError: more steps than there are learned rates.
     """
     if not alpha.shared and steps > len(alpha):
-        raise ValueError(f"{steps} inner steps asked for, but rates were learned for {len(alpha)} (and are not shared).")
+        raise ValueError(
+            f"{steps} inner steps asked for, but rates were learned for {len(alpha)} (and are not shared)."
+        )
     offsets: LayerTensors = []
     losses = []
     layers = siren.base()

@@ -32,12 +32,15 @@ def scale_gradient(x: Float[Tensor, "B W"], weight: float) -> Float[Tensor, "B W
     """
     if weight == 0:
         return x.detach()
-    return _ScaleGradient.apply(x, weight)  # type: ignore[no-untyped-call,no-any-return]
+    return _ScaleGradient.apply(x, weight)
 
 
 def outer_losses(output: Output, labels: Int[Tensor, " B"]) -> Losses:
     """Cross entropy of the logits and mean squared error after the last inner step, both means over the batch."""
+    logits = output.logits
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
     return Losses(
-        classification=F.cross_entropy(output.logits.float() if output.logits.dtype != torch.float64 else output.logits, labels),
+        classification=F.cross_entropy(logits, labels),
         reconstruction=output.fit.losses[:, -1].mean(),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -18,13 +20,35 @@ from mwt.inner_loop import fit
 from mwt.losses import scale_gradient
 from mwt.meta_sgd import MetaSGD
 from mwt.metrics import psnr
-from mwt.observe import observe, whole
+from mwt.observe import grid, observe, whole
 from mwt.readers import READERS
 from mwt.siren import Siren
 from mwt.structs import Batch, Observations, Output
 from mwt.tokens import tokens
 
 BUILTIN = "builtin:"
+
+CARD = """---
+{{ card_data }}
+---
+# A classifier that reads the weights of SIRENs
+
+A SIREN is fitted to every signal in a few learned gradient steps; a Transformer classifies the change of its weights.
+It never sees a pixel. Method: Gielisse and van Gemert, "End-to-End Implicit Neural Representations for
+Classification", CVPR 2025.
+
+{{ facts }}
+
+```python
+from mwt import MetaWeightTransformer
+from data_pipes import load_image
+
+model = MetaWeightTransformer.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
+[prediction] = model.predict(load_image("image.png", model.config.signal))
+print(prediction.label, prediction.probabilities, prediction.psnr)
+```
+"""
+"""The template of a model card; `facts` is filled in by `MetaWeightTransformer.generate_model_card`."""
 
 
 def list_builtin_models() -> list[str]:
@@ -49,9 +73,7 @@ class MetaWeightTransformer(
     library_name="meta-weight-transformer",
     license="mit",
     tags=["implicit-neural-representation", "weight-space-learning", "siren", "meta-learning"],
-    repo_url="",
-    docs_url="",
-    paper_url="",
+    model_card_template=CARD,
 ):
     """Fits a SIREN to every signal and classifies the fitted weights; trained end to end.
 
@@ -59,8 +81,11 @@ class MetaWeightTransformer(
     Only offsets reach the reader: it never sees a pixel.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig | dict[str, Any]) -> None:
+        """A fresh model; `config` as a dict is what `config.json` holds."""
         super().__init__()
+        if isinstance(config, dict):
+            config = ModelConfig(**config)
         self.config = config
         signal = config.signal
         self.siren = Siren(config.siren, coordinate_dims=signal.coordinate_dims, channels=signal.channels)
@@ -76,10 +101,14 @@ class MetaWeightTransformer(
         )
 
     def forward(self, observations: Observations, steps: int | None = None) -> Output:
+        """`fit_and_read`; what a training step calls, through wrappers for compilation and several processes."""
+        return self.fit_and_read(observations, steps)
+
+    def fit_and_read(self, observations: Observations, steps: int | None = None) -> Output:
         """Fit and read a batch. The gradient that the reader sends into the fit is scaled by w_cls.
 
         Args:
-            steps: inner steps, if other than trained (shared rates only).
+            steps: inner steps, if other than trained: fewer, or, where the rates are shared, more.
         """
         steps = self.config.inner_loop.steps if steps is None else steps
         fitted = fit(self.siren, self.alpha, observations, steps=steps)
@@ -100,21 +129,43 @@ class MetaWeightTransformer(
         count = len(images)
         positions = torch.arange(count, device=device)
         batch = Batch(images=images.to(device), labels=torch.zeros_like(positions), positions=positions)
-        output = self(observe(batch, self.config.inner_loop, seed=0, purpose="evaluate"))
+        output = self.fit_and_read(observe(batch, self.config.inner_loop, seed=0, purpose="evaluate"))
         everything = whole(batch)
         quality = psnr(self.siren(output.fit.offsets, everything.coords), everything.values)
         names = self.config.signal.classes
         return [
-            Prediction(label=names[int(p.argmax())], probabilities=dict(zip(names, p.tolist(), strict=True)), psnr=float(q))
+            Prediction(
+                label=names[int(p.argmax())], probabilities=dict(zip(names, p.tolist(), strict=True)), psnr=float(q)
+            )
             for p, q in zip(output.logits.softmax(-1), quality, strict=True)
         ]
 
     def reconstruct(self, offsets: Float[Tensor, "B W"], height: int, width: int) -> Float[Tensor, "B C h w"]:
         """Images of fitted fields at any resolution, in [-1, 1] (not clamped)."""
-        from mwt.observe import grid
-
         values = self.siren(offsets, grid(height, width, device=offsets.device, dtype=offsets.dtype))
         return values.mT.reshape(len(offsets), -1, height, width)
+
+    def tune_for(self, device: torch.device) -> None:
+        """Choose the faster of equal computations: on CPUs plain attention products beat the fused kernel."""
+        if hasattr(self.reader, "use_fused_attention"):
+            self.reader.use_fused_attention(device.type != "cpu")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The model card of this very model: what it was made for and how large it is."""
+        signal, inner = self.config.signal, self.config.inner_loop
+        size = f"{signal.height} x {signal.width}, " if signal.height else ""
+        counts = {name: sum(p.numel() for p in params) for name, params in self.parameter_groups().items()}
+        rows = {
+            "signals": f"{signal.kind}, {size}{signal.channels} channel(s)",
+            "classes": f"{len(signal.classes)}: {', '.join(signal.classes[:20])}{', …' * (len(signal.classes) > 20)}",
+            "SIREN": f"{self.config.siren.hidden} wide, {self.config.siren.hidden_layers} hidden layers, "
+            f"omega {self.config.siren.omega:g}",
+            "inner loop": f"{inner.steps} steps"
+            + (f", {inner.points or inner.fraction} points" if inner.points or inner.fraction < 1 else ""),
+            "parameters": ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        }
+        facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
+        return super().generate_model_card(*args, facts=facts, **kwargs)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The three groups that are optimised and clipped apart: siren, alpha, reader."""
@@ -132,5 +183,6 @@ class MetaWeightTransformer(
             if name not in list_builtin_models():
                 raise InputError(f"There is no model {name!r}; there are {', '.join(list_builtin_models()) or 'none'}.")
             name = str(files("mwt") / "builtin" / name.removeprefix(BUILTIN))
-        model: MetaWeightTransformer = super().from_pretrained(name, **kwargs)
+        with redirect_stdout(io.StringIO()):  # the mixin prints where programs write JSON
+            model: MetaWeightTransformer = super().from_pretrained(name, **kwargs)
         return model.eval()

@@ -12,7 +12,9 @@ from mwt.rng import uniform
 from mwt.structs import Batch, Observations
 
 
-def grid(height: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N 2"]:
+def grid(
+    height: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "N 2"]:
     """(y, x) of every pixel in row-major order, each axis from -1 to 1 with both end points."""
     y = torch.linspace(-1, 1, height, device=device, dtype=dtype)
     x = torch.linspace(-1, 1, width, device=device, dtype=dtype)
@@ -49,7 +51,13 @@ def random_subsets(
 
 
 def observe(
-    batch: Batch, config: InnerLoopConfig, *, seed: int, epoch: int = 0, purpose: str = "subset", steps: int | None = None
+    batch: Batch,
+    config: InnerLoopConfig,
+    *,
+    seed: int,
+    epoch: int = 0,
+    purpose: str = "subset",
+    steps: int | None = None,
 ) -> Observations:
     """Observations of a batch: all points for every step if s = 1, else fresh subsets for each of the S + 1 steps.
 
@@ -63,7 +71,8 @@ def observe(
         coords: Tensor = grid(*batch.images.shape[-2:], device=batch.images.device)
         values = pixels(batch.images)
     else:
-        assert batch.coords is not None and batch.values is not None, "a batch has images, or coords and values"
+        assert batch.coords is not None, "a batch has images, or coords and values"
+        assert batch.values is not None, "a batch has images, or coords and values"
         coords, values = batch.coords, batch.values
     count = values.shape[1]
     points = points_per_step(config, count)

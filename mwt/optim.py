@@ -28,6 +28,6 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, tota
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> torch.Tensor:
-    """Clip each group's gradients to norm `max_norm` (None: leave them) and return the groups' norms before it [groups]."""
+    """Clip each group's gradients to norm `max_norm` (None: leave them); returns the groups' norms before it [groups]."""
     limit = float("inf") if max_norm is None else max_norm
     return torch.stack([nn.utils.clip_grad_norm_(group["params"], limit) for group in optimizer.param_groups])

@@ -19,7 +19,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def derived_seed(seed: int, purpose: str, epoch: int = 0) -> int:
-    """A 63-bit seed for one purpose, for `torch.Generator`s and for `uniform`; unrelated purposes get unrelated seeds."""
+    """A 63-bit seed for one purpose, for `torch.Generator` and for `uniform`; other purposes get unrelated seeds."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -1,4 +1,4 @@
-"""What programs do to their process: allocator, threads, signals, exit status. Importing this module changes nothing."""
+"""What programs do to their process: allocator, threads, signals, exit status. Importing it changes nothing."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")
     return status
 
 

@@ -43,9 +43,18 @@ class Siren(nn.Module):
         self.out_scale = nn.Parameter(torch.full((channels,), config.out_scale))
 
     @property
+    def sine_layers(self) -> list[SineLayer]:
+        """The layers that are adapted, first to last."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
     def adapted_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the adapted tensors, in the order in which they lie in an offset vector."""
-        return [(f"layers.{i}.{name}", tuple(p.shape)) for i, m in enumerate(self.layers) for name, p in m.named_parameters()]
+        return [
+            (f"layers.{i}.{name}", tuple(p.shape))
+            for i, m in enumerate(self.layers)
+            for name, p in m.named_parameters()
+        ]
 
     @property
     def adapted_size(self) -> int:
@@ -58,16 +67,16 @@ class Siren(nn.Module):
 
     def base(self) -> LayerTensors:
         """theta: weight [in, out] and bias [out] of each sine layer, without a batch dimension."""
-        return [(layer.weight, layer.bias) for layer in self.layers]  # type: ignore[misc]
+        return [(layer.weight, layer.bias) for layer in self.sine_layers]
 
     def unflatten(self, flat: Float[Tensor, "*B W"]) -> LayerTensors:
-        """Views of flat vectors as layers: weight [*B, in, out] and bias [*B, out]. The only place that knows the layout."""
+        """Views of flat vectors as layers: weight [*B, in, out] and bias [*B, out].
+
+        The only place, with `flatten`, that knows the layout: layer by layer, weight row-major, then bias.
+        """
         batch = flat.shape[:-1]
         parts = iter(flat.split([p.numel() for p in self.layers.parameters()], dim=-1))
-        return [
-            (next(parts).reshape(*batch, *layer.weight.shape), next(parts))  # type: ignore[arg-type]
-            for layer in self.layers
-        ]
+        return [(next(parts).reshape(*batch, *layer.weight.shape), next(parts)) for layer in self.sine_layers]
 
     def flatten(self, layers: LayerTensors) -> Float[Tensor, "*B W"]:
         """The inverse of `unflatten`."""
@@ -115,7 +124,9 @@ class _SinCos(torch.autograd.Function):
         return z.sin(), z.cos()
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.save_for_backward(*output)
 
     @staticmethod
@@ -126,4 +137,4 @@ class _SinCos(torch.autograd.Function):
 
 def sincos(z: Tensor) -> tuple[Tensor, Tensor]:
     """(sin z, cos z), each computed once, in the forward pass."""
-    return _SinCos.apply(z)  # type: ignore[no-untyped-call,no-any-return]
+    return _SinCos.apply(z)

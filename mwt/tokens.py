@@ -10,6 +10,6 @@ from mwt.siren import Siren
 
 
 def tokens(siren: Siren, offsets: Float[Tensor, "B W"]) -> Float[Tensor, "B T F"]:
-    """Tokens [B, L * H, H + 1]: the incoming weight offsets of a neuron, then its bias offset. The first layer is left out."""
+    """Tokens [B, L * H, H + 1]: a neuron's incoming weight offsets, then its bias offset; without the first layer."""
     hidden = siren.unflatten(offsets)[1:]
     return torch.cat([torch.cat([weight.mT, bias[..., None]], dim=-1) for weight, bias in hidden], dim=-2)

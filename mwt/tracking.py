@@ -35,6 +35,7 @@ class MetricsLog:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 

@@ -39,11 +39,16 @@ class TransformerReader(nn.Module):
                 mlp_ratio=config.mlp_ratio,
                 qkv_bias=False,
                 init_values=config.layer_scale,
-                norm_layer=partial(nn.LayerNorm, eps=1e-5),  # timm's own default is 1e-6
+                norm_layer=partial(nn.LayerNorm, eps=1e-5),  # type: ignore[arg-type]  # timm's own default is 1e-6
             )
             for _ in range(config.blocks)
         )
         self.logits = nn.Linear(width, classes)
+
+    def use_fused_attention(self, fused: bool) -> None:
+        """Fused attention (`scaled_dot_product_attention`) or plain products: the same result, different speed."""
+        for block in self.blocks:
+            block.attn.fused_attn = fused  # type: ignore[union-attr]
 
     def forward(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
         """Class logits of a batch of tokenised offsets."""

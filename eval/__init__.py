@@ -1,0 +1,1 @@
+"""Programs that evaluate and show what a run has learned."""

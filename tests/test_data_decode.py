@@ -1,0 +1,187 @@
+"""data_pipes.decode: formats, orientation, transparency, depth; and what is said about files that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data_pipes import decode
+from data_pipes.decode import decode_image, decode_label, decode_points, decode_sample, encode_png, load_image, resize
+from mwt.errors import InputError
+from mwt.structs import SignalFacts
+
+RGB = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8))
+GREY = RGB[:1]
+FREE = SignalFacts(kind="image", channels=3, height=None, width=None, classes=("a", "b"))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pil(tensor: torch.Tensor) -> Image.Image:
+    return Image.fromarray(tensor.permute(1, 2, 0).squeeze(-1).contiguous().numpy())
+
+
+@pytest.mark.parametrize("image", [RGB, GREY])
+@pytest.mark.parametrize(("extension", "kind", "options"), [("png", "PNG", {}), ("webp", "WEBP", {"lossless": True})])
+def test_lossless_formats(image: torch.Tensor, extension: str, kind: str, options: dict[str, Any]) -> None:
+    assert torch.equal(decode_image(encoded(pil(image), kind, **options), extension, image.shape[0], "x"), image)
+
+
+def test_encode_png_is_undone() -> None:
+    for image in (RGB, GREY):
+        assert torch.equal(decode_image(encode_png(image), "png", image.shape[0], "x"), image)
+
+
+def test_channels_are_as_asked() -> None:
+    grey = decode_image(encode_png(RGB), "png", 1, "x")
+    assert torch.equal(grey[0], torch.from_numpy(np.array(pil(RGB).convert("L"))))
+    assert torch.equal(decode_image(encode_png(GREY), "png", 3, "x"), GREY.expand(3, -1, -1))
+    with pytest.raises(InputError, match=r"x: images with 2 channels are not supported"):
+        decode_image(encode_png(RGB), "png", 2, "x")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [(1, lambda x: x), (3, lambda x: x.rot90(2, (1, 2))), (6, lambda x: x.rot90(-1, (1, 2))), (2, lambda x: x.flip(2))],
+)
+def test_exif_orientation(orientation: int, undo: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(pil(RGB), "PNG", exif=exif)
+    assert torch.equal(decode_image(data, "png", 3, "x"), undo(RGB))
+
+
+def test_transparency_lies_over_white() -> None:
+    rgba = np.concatenate([RGB.permute(1, 2, 0).numpy(), np.full((5, 7, 1), 255, np.uint8)], axis=2)
+    rgba[0, 0] = (10, 20, 30, 0)
+    result = decode_image(encoded(Image.fromarray(rgba), "PNG"), "png", 3, "x")
+    expected = RGB.clone()
+    expected[:, 0, 0] = 255
+    assert torch.equal(result, expected)
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    data = encoded(palette, "PNG", transparency=0)
+    assert decode_image(data, "png", 3, "x")[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
+
+
+def test_sixteen_bits_and_two_levels() -> None:
+    values = np.array([[0, 128, 257 * 100, 65535]], np.uint16)
+    assert decode_image(encoded(Image.fromarray(values), "PNG"), "png", 1, "x").flatten().tolist() == [0, 0, 100, 255]
+    bits = Image.fromarray(np.array([[True, False]]))
+    assert decode_image(encoded(bits, "PNG"), "png", 3, "x")[:, 0].T.tolist() == [[255] * 3, [0] * 3]
+
+
+def test_values_without_a_range(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(InputError, match=r"x\.tiff cannot be decoded: it has 32-bit values, for which no range"):
+        load_image(tmp_path / "x.tiff", FREE)
+
+
+def test_only_the_format_of_the_extension() -> None:
+    with pytest.raises(InputError, match=r"^sample 1 cannot be read as an image \(PNG\): unknown or damaged"):
+        decode_image(encoded(pil(RGB), "BMP"), "png", 3, "sample 1")
+    with pytest.raises(InputError, match=r"^sample 1 cannot be decoded: "):
+        decode_image(encode_png(RGB)[:-40], "png", 3, "sample 1")
+
+
+def huge_png(width: int, height: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [8193, 10_000, 100_000])  # above our limit; PIL would warn; PIL would refuse
+def test_bombs_are_refused_unopened(side: int) -> None:
+    with pytest.raises(InputError, match=rf"^x: the image .* {decode.MAX_PIXELS}"):
+        decode_image(huge_png(side, side), "png", 1, "x")
+
+
+def npy(array: np.ndarray, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **options)
+    return stream.getvalue()
+
+
+def test_points() -> None:
+    array = np.random.default_rng(0).normal(size=(5, 4))
+    result = decode_points(npy(array), 1, "x")
+    assert result.dtype == torch.float32
+    assert np.array_equal(result.numpy(), array.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "x cannot be read as npy"),
+        (b"PK\x03\x04", "x cannot be read as npy"),
+        (npy(np.array([{}]), allow_pickle=True), "x cannot be read as npy: Object arrays cannot be loaded"),
+        (npy(np.zeros((5, 3))), r"x holds float64 values of shape \[5, 3\]; points need float32 of shape \[N, 4\]"),
+        (npy(np.zeros((0, 4))), r"x holds float64 values of shape \[0, 4\]"),
+        (npy(np.zeros((5, 4), int)), "x holds int64 values"),
+        (npy(np.full((5, 4), np.nan)), "x holds values that are not finite"),
+        (npy(np.zeros((5, 4)))[:-8], "x cannot be read as npy"),
+    ],
+)
+def test_bad_points(data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        decode_points(data, 1, "x")
+
+
+def test_labels() -> None:
+    assert decode_label(b" 7\n", 10, "x") == 7
+    for bad in (b"10", b"-1", b"cat", b"", b"\xff", b"1.0"):
+        with pytest.raises(InputError, match=r"^x: label .* is not a class number in 0 … 9\.$"):
+            decode_label(bad, 10, "x")
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"png": b""}, r"x has no label \(KEY\.cls\)"),
+        ({"cls": b"0"}, r"x must hold exactly one of jpeg, jpg, png, webp beside its label; it holds nothing"),
+        ({"cls": b"0", "txt": b"", "__key__": "1"}, r"it holds txt\."),
+        ({"cls": b"0", "png": b"", "jpg": b""}, r"it holds jpg, png\."),
+    ],
+)
+def test_bad_samples(sample: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        decode_sample(sample, FREE, "x")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.gif", "x.tif"])
+def test_load_image_equals_torchvision(tmp_path: Path, name: str) -> None:
+    pil(GREY).save(tmp_path / name)
+    facts = SignalFacts(kind="image", channels=1, height=4, width=9, classes=("a",))
+    expected = v2.Resize((4, 9), antialias=True)(GREY)
+    assert torch.equal(load_image(tmp_path / name, facts), expected)
+    assert load_image(str(tmp_path / name), FREE).shape == (3, 5, 7)
+    assert resize(GREY, 5, 7) is GREY
+
+
+def test_load_image_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(f"No image file at {tmp_path / 'none.png'}.")):
+        load_image(tmp_path / "none.png", FREE)
+    with pytest.raises(InputError, match=r"^No image file at"):
+        load_image(tmp_path, FREE)
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(InputError, match=r"x\.png cannot be read as an image: unknown or damaged content"):
+        load_image(tmp_path / "x.png", FREE)
+    points = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a",))
+    with pytest.raises(InputError, match="the model was made for points, not for images"):
+        load_image(tmp_path / "x.png", points)

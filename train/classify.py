@@ -1,0 +1,453 @@
+"""Train a classifier that reads nothing but the weights of SIRENs.
+
+accelerate launch -m train.classify --config configs/classify/cifar10_mwt.yaml key=value ...
+python -m train.classify --config configs/classify/digits.yaml
+python -m train.classify --list                                   what configs there are
+python -m train.classify --config F.yaml --print-config           the resolved configuration, no training
+python -m train.classify --config F.yaml --debug                  seconds on the CPU, through everything
+python -m train.classify --resume run.dir=runs/NAME               go on where an interrupted run stopped
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from data_pipes.augment import augment
+from data_pipes.read import Split, open_split
+from data_pipes.schema import DatasetInfo, read_info
+from mwt.checkpoint import find_checkpoint, resume, save_checkpoint
+from mwt.config import DEBUG, ClassifyConfig, config_yaml, list_configs, load_config, model_config
+from mwt.errors import InputError
+from mwt.evaluation import autocast, evaluate
+from mwt.model import MetaWeightTransformer
+from mwt.observe import points_per_step
+from mwt.optim import make_optimizer, make_schedule
+from mwt.rng import derived_seed
+from mwt.runtime import (
+    StopRequested,
+    can_compile,
+    choose_device,
+    environment,
+    keep_freed_memory,
+    run_program,
+    write_json,
+)
+from mwt.tracking import MetricsLog, read_metrics
+from mwt.training import Meter, train_step
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "classify"
+PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours to accelerate's
+COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}  # steps: compiling takes about a minute
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ClassifyConfig]:
+    """Arguments and the resolved configuration."""
+    parser = argparse.ArgumentParser(prog="train.classify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML file; --list shows those that come with the project")
+    parser.add_argument("--list", action="store_true", help="list the configs and leave")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("--debug", action="store_true", help="two small steps on the CPU through the whole program")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.debug:
+        own_dir = any(item.startswith("run.dir=") for item in overrides)
+        overrides = [*DEBUG, *([] if own_dir else ["run.dir=runs/debug"]), *overrides]
+    path = arguments.config
+    if arguments.resume and path is None:  # the run knows its configuration
+        run = Path(load_config(ClassifyConfig, None, overrides).run.dir)
+        find_checkpoint(run)
+        path = run / "config.yaml"
+    return arguments, load_config(ClassifyConfig, path, overrides)
+
+
+def check_launcher(config: ClassifyConfig) -> None:
+    """The configuration owns what accelerate's launcher could also set: a contradiction is refused, not resolved."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", PRECISION[config.run.precision]):
+        raise InputError(
+            f"accelerate was launched with mixed precision {launched!r}, but run.precision is "
+            f"{config.run.precision!r}; set run.precision, and leave the launcher's at 'no'."
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise InputError("Gradient accumulation is not supported; launch with gradient_accumulation_steps 1.")
+
+
+def open_run_directory(config: ClassifyConfig, arguments: argparse.Namespace) -> None:
+    """Make run.dir, or check that there is something in it to resume."""
+    run = Path(config.run.dir)
+    if arguments.resume:
+        find_checkpoint(run)
+        return
+    if arguments.debug and (run / ".debug").is_file():
+        shutil.rmtree(run)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(
+            f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
+            f"`python -m train.classify --resume run.dir={run}`."
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(config_yaml(config))
+        (run / "overrides.txt").write_text("".join(f"{item}\n" for item in arguments.overrides))
+        write_json(run / "env.json", environment())
+        if arguments.debug:
+            (run / ".debug").touch()
+    except OSError as error:
+        raise InputError(f"The run directory {run} cannot be written: {error.strerror}.") from error
+
+
+# ---- what a run is made of ---------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that a run holds while it runs."""
+
+    config: ClassifyConfig
+    accelerator: Accelerator
+    train: Split
+    monitored: Split | None
+    may_choose: bool
+    """Whether `best` may be chosen on the monitored split: only on `val`, never on what is reported."""
+    model: MetaWeightTransformer
+    forward: Any
+    """The model as accelerate prepared it."""
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.OneCycleLR
+    steps_per_epoch: int
+    step: int = 0
+    best: float = -1.0
+    log: MetricsLog | None = None
+    meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.accelerator.device, scaled_loss=self.config.run.precision == "fp16")
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.config.run.dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.config.optim.epochs
+
+    def save(self, name: str) -> None:
+        """A checkpoint, unless a step since the last one was not finite."""
+        self.meter.check()
+        if self.log is not None:
+            state = {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "best": self.best,
+                "schedule": self.schedule.state_dict(),
+                "metrics_position": self.log.position,
+            }
+            save_checkpoint(self.directory, name=name, model=self.model, optimizer=self.optimizer, state=state)
+        self.accelerator.wait_for_everyone()
+
+    def record(self, split: str, numbers: dict[str, float]) -> None:
+        """A line of metrics.jsonl, and the same to the other trackers."""
+        if self.log is not None:
+            self.log.write(step=self.step, epoch=self.step / self.steps_per_epoch, split=split, **numbers)
+            self.accelerator.log({f"{split}/{key}": value for key, value in numbers.items()}, step=self.step)
+
+
+def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> tuple[Split, Split | None]:
+    """The training split and the monitored one, if any."""
+    data, world = config.data, accelerator.num_processes
+    if data.batch_size % world:
+        raise InputError(
+            f"data.batch_size is {data.batch_size}, which {world} processes cannot share evenly; choose a multiple."
+        )
+    reading: dict[str, Any] = {
+        "device": accelerator.device,
+        "resident_mb": data.resident_mb,
+        "workers": data.workers,
+        "limit": data.limit,
+    }
+    train = open_split(data.path, data.train_split, **reading)
+    if train.steps(data.batch_size // world, drop_last=True, world=world) == 0:
+        raise InputError(
+            f"The split {train.name!r} has {len(train)} samples, fewer than one batch of {data.batch_size}; "
+            "choose a smaller data.batch_size."
+        )
+    if info.facts.height and info.facts.width:
+        points_per_step(config.inner_loop, info.facts.height * info.facts.width)  # refuses too many at once
+    monitored = data.monitor_split or ("val" if "val" in info.splits else None)
+    return train, open_split(data.path, monitored, **reading) if monitored else None
+
+
+def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> Run:
+    """Data, model, optimizer and schedule, everything at its beginning."""
+    device = accelerator.device
+    train, monitored = open_data(config, info, accelerator)
+    torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
+    model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
+    model.tune_for(device)
+    optimizer = make_optimizer(model, config.optim)
+    world = accelerator.num_processes
+    steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
+    schedule = make_schedule(optimizer, config.optim, total_steps=steps_per_epoch * config.optim.epochs)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        train=train,
+        monitored=monitored,
+        may_choose=monitored is not None and monitored.name == "val" != config.data.test_split,
+        model=model,
+        forward=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def restore(run: Run) -> None:
+    """Put the last checkpoint into a run."""
+    state = resume(find_checkpoint(run.directory), model=run.model, optimizer=run.optimizer)
+    if state["total_steps"] != run.total_steps:
+        raise InputError(
+            f"{run.directory} was to train for {state['total_steps']} steps, this configuration asks for "
+            f"{run.total_steps}; the schedule cannot be continued. Keep optim.epochs, data.batch_size and the data."
+        )
+    run.step, run.best = state["step"], state["best"]
+    run.schedule.load_state_dict(state["schedule"])
+    if run.log is not None:
+        run.log.truncate(state["metrics_position"])
+
+
+def compile_pays(run: Run) -> bool:
+    """Whether to compile the step: as configured, or where enough steps follow to win back the time it takes."""
+    choice, device = run.config.run.compile, run.accelerator.device
+    if choice == "never" or (choice == "auto" and run.total_steps - run.step < COMPILE_PAYS_FROM[device.type]):
+        return False
+    return can_compile(device)
+
+
+# ---- the outer loop ----------------------------------------------------------------------------------------------
+
+
+def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
+    """The rest of one epoch; returns early where a stop was asked for."""
+    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
+    batches = run.train.batches(
+        batch_size=config.data.batch_size // accelerator.num_processes,
+        epoch=epoch,
+        seed=config.run.seed,
+        shuffle=True,
+        drop_last=True,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        start=run.step - epoch * run.steps_per_epoch,
+    )
+    saved_at = logged_at = time.monotonic()
+    logged_step = run.step
+    for batch in batches:
+        run.step += 1
+        train_step(
+            run.forward,
+            augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding),
+            step=run.step,
+            epoch=epoch,
+            seed=config.run.seed,
+            inner_loop=config.inner_loop,
+            optimizer=run.optimizer,
+            clip_norm=config.optim.clip_norm,
+            autocast=autocast(device, config.run.precision),
+            backward=accelerator.backward,
+            unscale=lambda: accelerator.unscale_gradients(run.optimizer),
+            meter=run.meter,
+        )
+        if not run.optimizer.step_was_skipped:
+            run.schedule.step()
+        bar.update(config.data.batch_size)
+        if run.step % config.run.log_every == 0 or run.step == run.total_steps:
+            numbers, now = run.meter.read(), time.monotonic()
+            numbers["images_per_second"] = (run.step - logged_step) * config.data.batch_size / (now - logged_at)
+            numbers["lr_siren"] = float(run.schedule.get_last_lr()[0])
+            logged_at, logged_step = now, run.step
+            run.record(run.train.name, numbers)
+            bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
+        if stop_agreed(stop, run.step, accelerator):
+            return
+        if time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes and accelerator.num_processes == 1:
+            run.save("last")
+            saved_at = time.monotonic()
+
+
+def stop_agreed(stop: StopRequested, step: int, accelerator: Accelerator) -> bool:
+    """Whether to stop now: at once in one process; several agree every few steps, so that all stop at the same one."""
+    if accelerator.num_processes == 1:
+        return stop.signal is not None
+    if step % 8:
+        return False
+    flags: Any = accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device))
+    stop.signal = int(flags.max()) or None
+    return stop.signal is not None
+
+
+def monitor(run: Run) -> None:
+    """Evaluate the monitored split, each process its share, and keep the best model where that is allowed."""
+    assert run.monitored is not None
+    batches = run.monitored.batches(
+        batch_size=run.config.run.eval_batch_size,
+        rank=run.accelerator.process_index,
+        world=run.accelerator.num_processes,
+    )
+    summary = evaluate(run.model, batches, precision=run.config.run.precision, whole_signal=False).summary()
+    run.record(run.monitored.name, {key: value for key, value in summary.items() if isinstance(value, float)})
+    if run.may_choose and summary["accuracy"] > run.best:
+        run.best = summary["accuracy"]
+        run.save("best")
+
+
+def train(run: Run, stop: StopRequested) -> int:
+    """All epochs from where the run stands. Returns the exit status."""
+    batch_size, main_process = run.config.data.batch_size, run.accelerator.is_main_process
+    with tqdm(
+        total=run.total_steps * batch_size,
+        initial=run.step * batch_size,
+        unit="image",
+        unit_scale=True,
+        disable=not main_process,
+        dynamic_ncols=True,
+        smoothing=0.05,
+        mininterval=0.5,
+    ) as bar:
+        for epoch in range(run.step // run.steps_per_epoch, run.config.optim.epochs):
+            train_epoch(run, epoch, bar, stop)
+            whole_epoch = run.step == (epoch + 1) * run.steps_per_epoch
+            if whole_epoch and run.monitored is not None and (epoch + 1) % run.config.run.monitor_every == 0:
+                monitor(run)
+            run.save("last")
+            if stop.signal is not None and run.step < run.total_steps:
+                break
+    if run.step == run.total_steps:
+        return 0
+    if main_process:
+        print(
+            f"\nStopped at step {run.step} of {run.total_steps}; saved. Go on with:\n"
+            f"    python -m train.classify --resume run.dir={run.directory}",
+            file=sys.stderr,
+        )
+    return stop.exit_status
+
+
+# ---- what the program says ---------------------------------------------------------------------------------------
+
+
+def flat(config: ClassifyConfig) -> dict[str, Any]:
+    """The configuration as `block.key: value`, for trackers."""
+    rows: dict[str, Any] = {}
+    for block, values in dataclasses.asdict(config).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{block}.{key}" if key else block
+            rows[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return rows
+
+
+def describe(run: Run, compiled: bool) -> None:
+    """What is about to happen, in a few lines."""
+    config, split = run.config, run.train
+    counts = {name: sum(p.numel() for p in params) for name, params in run.model.parameter_groups().items()}
+    kept = "kept on the device" if split.resident else "streamed"
+    classes = len(split.facts.classes)
+    print(f"data      {config.data.path}: {len(split)} signals in {split.name!r}, {classes} classes, {kept}")
+    print(
+        f"model     {config.variant}: {counts['siren'] + counts['alpha']:,} parameters in SIREN and alpha, "
+        f"{counts['reader']:,} in the reader"
+    )
+    print(
+        f"training  {config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size} on "
+        f"{run.accelerator.device}, {config.run.precision}{', compiled' if compiled else ''}"
+    )
+    if run.monitored is None:
+        print("          no validation split: nothing is evaluated while training, and no `best` is chosen")
+    print(f"run       {run.directory}" + (f", going on at step {run.step}" if run.step else ""), flush=True)
+
+
+def conclude(run: Run) -> None:
+    """What came of it, and what to do next."""
+    rows = [row for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == run.train.name]
+    if rows:
+        last = rows[-1]
+        print(f"\n{'step':>8} {'loss':>8} {'accuracy':>9} {'mse':>9}   (the last training batches)")
+        print(
+            f"{last['step']:>8} {last['classification_loss']:>8.4f} {last['accuracy']:>9.4f} "
+            f"{last['reconstruction_loss']:>9.5f}"
+        )
+    print(f"\nEvaluate with:  python -m eval.classify --run {run.directory}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; see the module's text. Returns the exit status."""
+    arguments, config = parse(argv)
+    if arguments.list:
+        for name, summary in list_configs(CONFIGS):
+            print(f"{name:<32} {summary}")
+        return 0
+    if arguments.print_config:
+        print(config_yaml(config), end="")
+        return 0
+
+    keep_freed_memory()
+    check_launcher(config)
+    device = choose_device(config.run.device)
+    if config.run.precision == "fp16" and device.type == "cpu":
+        raise InputError("run.precision=fp16 needs a CUDA device; use bf16 or fp32 on the CPU.")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 products on GPUs, as mixed-precision training expects
+
+    info = read_info(config.data.path)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=PRECISION[config.run.precision],
+        log_with=list(config.run.trackers) or None,
+        project_dir=config.run.dir,
+    )
+    run = build(config, info, accelerator)
+    if accelerator.is_main_process:
+        open_run_directory(config, arguments)
+        run.log = MetricsLog(run.directory / "metrics.jsonl")
+    accelerator.wait_for_everyone()
+    if arguments.resume:
+        restore(run)
+    compiled = compile_pays(run)
+    if compiled:
+        run.model.compile(dynamic=False)
+    run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+    if config.run.trackers:
+        accelerator.init_trackers("meta-weight-transformer", config=flat(config))
+    if accelerator.is_main_process:
+        describe(run, compiled)
+    with StopRequested() as stop:
+        status = train(run, stop)
+    if config.run.trackers:
+        accelerator.end_training()
+    if status == 0 and accelerator.is_main_process:
+        conclude(run)
+    return status
+
+
+if __name__ == "__main__":
+    run_program(main)
