@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from data_pipes.augment import augment
 from data_pipes.decode import load_image
 from data_pipes.read import Split, open_split
 from data_pipes.schema import DatasetInfo, list_builtin, read_info
 
-__all__ = ["DatasetInfo", "Split", "augment", "list_builtin", "load_image", "open_split", "read_info"]
+__all__ = ["DatasetInfo", "Split", "list_builtin", "load_image", "open_split", "read_info"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
@@ -81,6 +81,19 @@ def image_to_tensor(image: Image.Image, channels: int, where: str) -> UInt8[Tens
         raise InputError(f"{where} cannot be decoded: {_reason(error)}.") from error
     tensor = torch.from_numpy(pixels)
     return tensor[None] if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+
+
+def seen_size(image: Image.Image, where: str) -> tuple[int, int]:
+    """(height, width) of an opened image after its EXIF orientation. Reads the header only, except of PNG.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:  # PIL's plug-ins raise many kinds
+        raise InputError(f"{where} cannot be decoded: {_reason(error)}.") from error
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _over_white(image: Image.Image) -> Image.Image:

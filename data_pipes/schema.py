@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -140,7 +141,8 @@ def _why_no_info(folder: Path) -> str:
     if not any(folder.iterdir()):
         return f"Data folder {folder} is empty. {prepare}"
     if _looks_like_images(folder):
-        command = f"python -m data_pipes.prepare folder --src {folder} --out {folder.absolute().name}-shards"
+        out = f"{folder.absolute().name}-shards"
+        command = f"python -m data_pipes.prepare folder --src {shlex.quote(str(folder))} --out {shlex.quote(out)}"
         return f"{folder} has no {INFO_FILE}; it looks like images in class folders. Make shards of them: {command}"
     return f"{folder} has no {INFO_FILE}, so it is not a folder of shards. {prepare}"
 

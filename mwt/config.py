@@ -124,7 +124,7 @@ class DataConfig:
     resident_mb: int = 4096
     """A split up to this size (uint8, MiB) is kept on the device; larger ones stream from their shards."""
     workers: int = 2
-    """Reading processes for splits that stream."""
+    """Decoding threads for splits that stream."""
     limit: int | None = None
     """Use only the first so many samples of each split (for trying things)."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mwt.checkpoint import find_checkpoint, load_model
@@ -37,9 +37,6 @@ OFFSET_NUMBERS = 1 << 27
 
 Batches = Callable[[str], Iterable[Batch]]
 """Makes the batches of a split anew; the text says what for, for a progress bar."""
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +75,13 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
     config = load_config(ClassifyConfig, run / "config.yaml", ["run.device=auto", *overrides])
     device = choose_device(config.run.device)
     if config.run.precision == "fp16" and device.type == "cpu":
-        raise InputError(
-            "run.precision is fp16, which needs a CUDA device; add run.precision=fp32 (or bf16) on the CPU."
-        )
+        raise InputError("run.precision is fp16, which needs a CUDA device; add run.precision=fp32 on the CPU.")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     model = load_model(folder, device)
     model.tune_for(device)
-    return TrainedRun(path=run, checkpoint=checkpoint, step=_step(folder), config=config, model=model, device=device)
-
-
-def _step(folder: Path) -> int:
-    try:
-        return int(json.loads((folder / "state.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'state.json'} is missing or damaged ({error}).") from error
+    step = int(folder.name.rpartition("-")[2])
+    return TrainedRun(path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device)
 
 
 def check_data_fits(model: MetaWeightTransformer, facts: SignalFacts, path: str | Path) -> None:
@@ -102,41 +91,31 @@ def check_data_fits(model: MetaWeightTransformer, facts: SignalFacts, path: str 
         InputError: another kind of signal, other channels, classes, or (where the model's is fixed) another size.
     """
     trained = model.config.signal
+    pairs = enumerate(zip(facts.classes, trained.classes, strict=False))
+    k = next((k for k, (theirs, ours) in pairs if theirs != ours), 0)
     for what, theirs, ours in (
         ("kind of signal", facts.kind, trained.kind),
         ("channels", facts.channels, trained.channels),
         ("number of classes", len(facts.classes), len(trained.classes)),
+        (f"class {k}", repr(facts.classes[k]), repr(trained.classes[k])),
         ("size", _size(facts), _size(trained)),
     ):
         if theirs != ours and not (what == "size" and trained.height is None):
             raise InputError(f"The data {path} does not fit the model: {what} {theirs} there, {ours} in training.")
-    for k, (there, here) in enumerate(zip(facts.classes, trained.classes, strict=True)):
-        if there != here:
-            raise InputError(
-                f"The data {path} does not fit the model: class {k} is {there!r} there and was {here!r} in training."
-            )
 
 
 def _size(facts: SignalFacts) -> str:
     return "that varies" if facts.height is None or facts.width is None else f"{facts.height} x {facts.width}"
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-
-
 def evaluate_run(
-    run: TrainedRun,
-    split: str,
-    batches: Batches,
-    *,
-    steps: int | None = None,
-    curve_samples: int | None = CURVE_SAMPLES,
+    run: TrainedRun, split: str, batches: Batches, *, steps: int | None = None, curve: int | None = CURVE_SAMPLES
 ) -> tuple[dict[str, Any], Evaluation]:
     """Evaluate a split: what `eval/classify.json` holds (README, formats), and each sample's result.
 
     Args:
         steps: inner steps, if other than trained; more only with shared rates.
-        curve_samples: on how many samples the curve over inner steps is measured; None: all, 0: no curve.
+        curve: on how many samples the curve over inner steps is measured; None: all, 0: no curve.
 
     Raises:
         InputError: fewer than one inner step, or more than rates were learned for.
@@ -144,9 +123,7 @@ def evaluate_run(
     inner = run.model.config.inner_loop
     steps = inner.steps if steps is None else steps
     if steps < 1:
-        raise InputError(
-            f"--steps is {steps}; at least one inner step is needed, for without any all offsets are zero."
-        )
+        raise InputError(f"--steps is {steps}; at least one inner step is needed: without any, all offsets are zero.")
     if steps > inner.steps and not inner.shared_alpha:
         raise InputError(
             f"--steps is {steps}, but this model learned its rates for {inner.steps} inner steps, each its own. "
@@ -157,8 +134,8 @@ def evaluate_run(
     result = evaluate(run.model, batches("evaluation"), precision=precision, steps=steps)
     seconds = time.perf_counter() - began
     count = len(result.labels)
-    limit = count if curve_samples is None else min(count, curve_samples)
-    curve = []
+    limit = count if curve is None else min(count, curve)
+    rows = []
     for step in range(1, steps + 1) if limit else ():
         if step == steps and limit == count:
             part = result
@@ -167,11 +144,11 @@ def evaluate_run(
             part = evaluate(run.model, some, precision=precision, steps=step)
         numbers = part.summary()
         names = ("count", "accuracy", "cross_entropy", "psnr", "mse")
-        curve.append({"steps": step, **{name: numbers[name] for name in names if name in numbers}})
+        rows.append({"steps": step, **{name: numbers[name] for name in names if name in numbers}})
     document = {
         **result.summary(), "per_class": result.per_class(), "split": split, "checkpoint": run.checkpoint,
         "inner_steps": steps, "step": run.step, "data": run.config.data.path, "classes": list(result.classes),
-        "confusion": confusion_matrix(result.predicted, result.labels, len(result.classes)).tolist(), "curve": curve,
+        "confusion": confusion_matrix(result.predicted, result.labels, len(result.classes)).tolist(), "curve": rows,
         "precision": precision, "device": str(run.device), "seconds": seconds, "images_per_second": count / seconds,
     }  # fmt: skip
     return document, result
@@ -194,7 +171,7 @@ def select(batch: Batch, rows: Int[Tensor, " n"]) -> Batch:
 
 
 def samples_at(batches: Iterable[Batch], positions: list[int]) -> list[Batch]:
-    """The samples at some positions of a split that is not shuffled, one batch each (sizes may differ), as asked for."""
+    """The samples at some positions of a split that is not shuffled, one batch each, in the order asked for."""
     found: dict[int, Batch] = {}
     wanted = set(positions)
     for batch in batches:
@@ -229,7 +206,7 @@ def save_evaluation(run: TrainedRun, document: dict[str, Any], result: Evaluatio
 
 
 def load_evaluation(run: TrainedRun, split: str, count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """The stored evaluation of a split, if it is of this checkpoint, of all its `count` samples and at trained steps."""
+    """The stored evaluation of a split, if of this checkpoint, all `count` samples, the trained steps, and with a curve."""
     numbers, predictions = run.files(split)
     try:
         document = json.loads(numbers.read_text())
@@ -241,12 +218,8 @@ def load_evaluation(run: TrainedRun, split: str, count: int) -> tuple[dict[str, 
         "step": run.step, "checkpoint": run.checkpoint, "split": split, "count": count,
         "data": run.config.data.path, "inner_steps": run.model.config.inner_loop.steps,
     }  # fmt: skip
-    if any(document.get(key) != value for key, value in expected.items()) or len(columns["label"]) != count:
-        return None
-    return document, columns
-
-
-# ---- fits, step by step ----------------------------------------------------------------------------------------------
+    fresh = all(document.get(key) == value for key, value in expected.items()) and document["curve"]
+    return (document, columns) if fresh and len(columns["label"]) == count else None
 
 
 @torch.no_grad()
@@ -282,14 +255,6 @@ def render(
     parts = coords.split(max(1, POINTS_AT_ONCE // max(1, len(offsets))))
     values = torch.cat([model.siren(offsets, part) for part in parts], dim=1)
     return values.mT.reshape(len(offsets), -1, height, width)
-
-
-def to_pixels(values: Float[Tensor, "*B C h w"]) -> UInt8[Tensor, "*B C h w"]:
-    """Values in [-1, 1] (clamped) as grey levels 0 to 255, on the CPU: the inverse of `mwt.observe.pixels`."""
-    return ((values.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
-# ---- the space of weights --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -329,7 +294,7 @@ def principal_components(
 def interpolate(
     model: MetaWeightTransformer, ends: Float[Tensor, "2 W"], frames: int
 ) -> tuple[Float[Tensor, "F W"], Float[Tensor, "F K"]]:
-    """Offsets on the straight line between two signals' offsets, both ends included, and what the reader sees in each."""
+    """Offsets on the straight line between two signals' offsets, both included, and what the reader says of each."""
     share = torch.linspace(0, 1, frames, device=ends.device, dtype=ends.dtype)[:, None]
     offsets = ends[0] * (1 - share) + ends[1] * share
     return offsets, model.reader(tokens(model.siren, offsets)).float().softmax(-1)

@@ -1,4 +1,4 @@
-"""Pictures: tensors in, figures, arrays and PNG bytes out. Matplotlib's own objects only; no global state is touched."""
+"""Pictures: tensors in, figures, arrays and PNG bytes out. Matplotlib's objects only, no global state."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ LINE = 15
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def to_pixels(values: Float[Tensor, "*B C h w"]) -> UInt8[Tensor, "*B C h w"]:
+    """Values in [-1, 1] (clamped) as grey levels 0 to 255, on the CPU: the inverse of `mwt.observe.pixels`."""
+    return ((values.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def _pil(image: UInt8[Tensor, "C h w"]) -> Image.Image:
@@ -179,7 +184,7 @@ def curves_figure(panels: Sequence[tuple[str, Sequence[Line]]], *, xlabel: str, 
     return figure
 
 
-def class_colours(count: int) -> list[tuple[float, ...]]:
+def class_colours(count: int) -> list[tuple[float, float, float, float]]:
     """A colour for each class: distinct ones up to 20, beyond that around the colour circle."""
     if count <= 20:
         palette = colormaps["tab10" if count <= 10 else "tab20"]
@@ -216,7 +221,7 @@ def scatter_figure(
 def reliability(
     probabilities: Float[Tensor, "n K"], labels: Int[Tensor, " n"], bins: int = 15
 ) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"], Int[Tensor, " bins"]]:
-    """Mean confidence, accuracy and number of samples in each of `bins` equal bins (l, r] of confidence (Guo et al. 2017).
+    """Mean confidence, accuracy and number of samples in `bins` equal bins (l, r] of confidence (Guo et al. 2017).
 
     Empty bins hold 0.
     """
@@ -238,7 +243,6 @@ def reliability_figure(probabilities: Float[Tensor, "n K"], labels: Int[Tensor, 
     centres, width = (torch.arange(bins) + 0.5) / bins, 0.9 / bins
     used = counts > 0
     _plain(above).plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
-    above.bar(centres[used].numpy(), accuracy[used].numpy(), width, color=BLUE, alpha=0.75, label="accuracy in the bin")
     above.plot(
         confidence[used].numpy(), accuracy[used].numpy(), "o", color=ORANGE, markersize=4, label="at mean confidence"
     )

@@ -46,7 +46,7 @@ def tree(src: Path, splits: tuple[str, ...], count: int = 3, shape: tuple[int, .
     for split in splits:
         for label, name in enumerate(("cat", "dog")):
             for i in range(count):
-                image(src / split / name / f"{i}.png", seed=hash((split, label, i)) % 1000, shape=shape)
+                image(src / split / name / f"{i}.png", seed=1000 * len(split) + 100 * label + i, shape=shape)
     return src
 
 

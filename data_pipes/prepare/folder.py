@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data_pipes.decode import encode_png, image_to_tensor, open_image, resize
+from data_pipes.decode import encode_png, image_to_tensor, open_image, resize, seen_size
 from data_pipes.parallel import ordered_map
 from data_pipes.prepare.source import DEFAULT_TEST_FRACTION, Request, Source, split_off
 from data_pipes.schema import IMAGE_SUFFIXES
@@ -22,7 +22,6 @@ SPLITS = ("train", "val", "test")
 LAYOUT = "SRC/{train,val,test}/CLASS/IMAGE or SRC/CLASS/IMAGE"
 _KEPT = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}  # MPO: JPEG as telephones write it
 _GREY_MODES = ("1", "L", "LA", "La", "I")
-_ORIENTATION = 0x0112  # EXIF; 5 to 8 exchange height and width
 _WORKERS = 4
 
 _Images = list[tuple[Path, int]]  # file, class
@@ -117,11 +116,10 @@ def _make_splits(images: dict[str, _Images], request: Request) -> dict[str, _Ima
 
 
 def _look(path: Path) -> tuple[bool, tuple[int, int]]:
-    """Whether an image is grey, and its (height, width) as it is meant to be seen; reads the header only."""
+    """Whether an image is grey, and its (height, width) as it is meant to be seen."""
     with open_image(path, str(path)) as image:
-        size = (image.height, image.width)
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return image.mode in _GREY_MODES or image.mode.startswith("I;16"), size[::-1] if turned else size
+        height, width = seen_size(image, str(path))
+        return image.mode in _GREY_MODES or image.mode.startswith("I;16"), (height, width)
 
 
 def _samples(images: _Images, channels: int, size: tuple[int, int] | None) -> Iterator[Sample]:
