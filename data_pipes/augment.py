@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mwt.errors import InputError
+from mwt.observe import grid
 from mwt.rng import uniform
 from mwt.structs import Batch
 
@@ -20,6 +21,7 @@ MAX_DEGREES = 30.0
 CROP_AREA = (0.8, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 POINT_SCALE = (0.9, 1.1)
+WARP_DEGREES, WARP_SCALE, WARP_SHIFT = 15.0, 0.1, 0.1
 _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 
 
@@ -32,6 +34,9 @@ def augment(batch: Batch, kind: str, *, seed: int, epoch: int, padding: int = 4)
     * ``affine_flip``: reflect padding by 40 pixels, rotation by up to ±30° (bilinear), centre crop of the original
       size, `RandomResizedCrop` of 80 to 100 % of the area with ratio 3/4 to 4/3, flip. (Released code of MWT,
       Imagenette and ImageNet.)
+    * ``coords``: the pixels of an image are placed elsewhere: their coordinates are rotated by up to ±15°, scaled per
+      axis by 0.9 … 1.1 and shifted by up to ±0.1 (the image spans -1 … 1). A field is fitted to the moved image
+      without any resampling. (Not in the paper.)
     * ``points``: coordinates and values of a point set times one factor in 0.9 … 1.1. Scaling a shape scales its
       distances alike, so the distance field stays exact. The released code also jitters the *surface* by 0.01 before
       it asks for distances; that cannot be redone with stored queries, so it is not done here.
@@ -168,6 +173,31 @@ def _resize_source(start: Tensor, length: Tensor, size: int, flip: Tensor) -> Te
     return start[:, None] + inside.clamp(min=0).minimum(length[:, None] - 1)
 
 
+def _coords(batch: Batch, seed: int, epoch: int, padding: int) -> Batch:
+    assert batch.images is not None
+    draw = uniform(batch.positions, 5, seed=seed, purpose="augment", epoch=epoch) * 2 - 1
+    coords = warp_coords(
+        grid(*batch.images.shape[-2:], device=batch.images.device),
+        angle=draw[:, 0] * math.radians(WARP_DEGREES),
+        scale=1 + draw[:, 1:3] * WARP_SCALE,
+        shift=draw[:, 3:5] * WARP_SHIFT,
+    )
+    return replace(batch, coords=coords)
+
+
+def warp_coords(
+    coords: Float[Tensor, "N 2"],
+    *,
+    angle: Float[Tensor, " B"],
+    scale: Float[Tensor, "B 2"],
+    shift: Float[Tensor, "B 2"],
+) -> Float[Tensor, "B N 2"]:
+    """Coordinates (y, x) scaled per axis, then turned by `angle` (radians, from y towards x), then shifted."""
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)
+    return (coords * scale[:, None]) @ turn + shift[:, None]
+
+
 def _points(batch: Batch, seed: int, epoch: int, padding: int) -> Batch:
     assert batch.coords is not None
     assert batch.values is not None
@@ -182,5 +212,6 @@ _KINDS: dict[str, Callable[[Batch, int, int, int], Batch]] = {
     "crop": lambda batch, seed, epoch, padding: _crop(batch, seed, epoch, padding, may_flip=False),
     "crop_flip": lambda batch, seed, epoch, padding: _crop(batch, seed, epoch, padding, may_flip=True),
     "affine_flip": _affine_flip,
+    "coords": _coords,
     "points": _points,
 }

@@ -98,9 +98,7 @@ class Split(ABC):
     def _walk(self, shares: list[tuple[int, int]], *, epoch: int, seed: int, shuffle: bool) -> Iterator[Batch]:
         """One batch for each share: the samples at its places [begin, end) in the order of the epoch."""
 
-    def _shares(
-        self, batch_size: int, drop_last: bool, rank: int, world: int, start: int
-    ) -> Iterator[tuple[int, int]]:
+    def _shares(self, batch_size: int, drop_last: bool, rank: int, world: int, start: int) -> Iterator[tuple[int, int]]:
         """This rank's places [begin, end) in the order of the epoch, one pair for each of its batches."""
         if batch_size < 1 or not 0 <= rank < world or start < 0:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}, start {start} make no sense")
@@ -138,9 +136,7 @@ def _one_size(first: Tensor, signal: Tensor, where: str) -> None:
 def _batch(signals: Tensor, labels: Tensor, positions: Tensor) -> Batch:
     if signals.dtype == torch.uint8:
         return Batch(labels=labels, positions=positions, images=signals)
-    return Batch(
-        labels=labels, positions=positions, coords=signals[..., :POINT_DIMS], values=signals[..., POINT_DIMS:]
-    )
+    return Batch(labels=labels, positions=positions, coords=signals[..., :POINT_DIMS], values=signals[..., POINT_DIMS:])
 
 
 class ResidentSplit(Split):

@@ -12,10 +12,9 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,41 +25,12 @@ from tqdm import tqdm
 from data_pipes.read import Split, open_split
 from mwt import inspection, plots
 from mwt.config import config_yaml
+from mwt.page import STYLE, chart, charts, folded, frame, percent, pixels, section, table
 from mwt.runtime import keep_freed_memory, run_program
 from mwt.structs import Batch
 from mwt.tracking import read_metrics
 
 STRIPS, MISTAKES, FRAMES, MAP_SAMPLES = 4, 12, 8, 2000
-SHOWN = 88
-"""Width or height, whichever is larger, of an image on the page, in CSS pixels."""
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6877; --page: #f6f7f9; --card: #fff; --line: #dfe3e8;
-  --accent: #2a6fbb; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --page: #12161c; --card: #1b2129;
-  --line: #303945; --accent: #7fb2ea; } img.chart { filter: invert(.9) hue-rotate(180deg); } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1020px; padding: 24px 16px 64px; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 0 0 6px; }
-p { margin: 0 0 12px; max-width: 72ch; } .soft { color: var(--soft); font-size: .92rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px; margin-top: 18px; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; margin-top: 18px; }
-.numbers div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.numbers b { display: block; font-size: 1.5rem; line-height: 1.3; color: var(--accent); }
-.numbers span { color: var(--soft); font-size: .85rem; }
-img { max-width: 100%; height: auto; display: block; } img.chart { border-radius: 6px; }
-img.pixels { image-rendering: pixelated; border: 1px solid var(--line); }
-.strip { display: flex; flex-wrap: wrap; gap: 10px; padding: 10px 0; }
-.strip + .strip { border-top: 1px solid var(--line); }
-figure { margin: 0; } figcaption { font-size: .78rem; line-height: 1.35; color: var(--soft); margin-top: 3px; }
-.pair { display: flex; gap: 4px; } .grid { display: grid; gap: 16px;
-  grid-template-columns: repeat(auto-fill, minmax(186px, 1fr)); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 3px 14px 3px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; }
-pre { overflow-x: auto; font-size: .82rem; line-height: 1.45; margin: 8px 0; } summary { cursor: pointer; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,57 +54,12 @@ class Material:
         """Whether the signals can be shown."""
         return self.run.model.config.signal.kind == "image"
 
-    def batches(self, what: str) -> Iterator[Batch]:
-        """The split in its order, with a progress bar."""
+    def batches(self, what: str, shuffle: bool = False) -> Iterator[Batch]:
+        """The split in its order, or in a random but fixed one, with a progress bar."""
         with tqdm(total=len(self.split), unit="image", desc=what, dynamic_ncols=True, leave=False, disable=None) as bar:
-            for batch in self.split.batches(batch_size=self.run.config.run.eval_batch_size):
+            for batch in self.split.batches(batch_size=self.run.config.run.eval_batch_size, shuffle=shuffle):
                 yield batch
                 bar.update(len(batch))
-
-
-# ---- pieces of a page ------------------------------------------------------------------------------------------------
-
-
-def section(title: str, text: str, *bodies: str) -> str:
-    """A box with a heading and an explanation for somebody who sees such a picture for the first time."""
-    return f'<section><h2>{escape(title)}</h2><p class="soft">{escape(text)}</p>{"".join(bodies)}</section>'
-
-
-def chart(figure: plots.Figure, alt: str) -> str:
-    """A figure, in its own size or as wide as the page."""
-    width = round(figure.get_size_inches()[0] * 100)
-    uri = plots.data_uri(plots.figure_png(figure))
-    return f'<img class="chart" alt="{escape(alt)}" width="{width}" src="{uri}">'
-
-
-def pixels(image: Tensor, alt: str) -> str:
-    """A small image, its pixels as squares; a large one made smaller."""
-    height, width = image.shape[1:]
-    shown = max(8, round(SHOWN * width / max(height, width)))
-    uri = plots.data_uri(plots.png_bytes(plots.thumbnail(image, 2 * SHOWN)))
-    return f'<img class="pixels" alt="{escape(alt)}" style="width:{shown}px" src="{uri}">'
-
-
-def frame(image: Tensor, *lines: str) -> str:
-    """An image with lines of text below."""
-    return f"<figure>{pixels(image, lines[0])}<figcaption>{'<br>'.join(map(escape, lines))}</figcaption></figure>"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls sideways where the page is narrow."""
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def folded(summary: str, body: str) -> str:
-    """Something long, closed at first."""
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
-
-
-def percent(share: float | None) -> str:
-    """A share in percent; a dash where there is nothing to measure."""
-    return "–" if share is None else f"{share:.1%}"
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -151,7 +76,9 @@ def headline(m: Material, metrics: list[dict[str, Any]]) -> str:
     cards.append(("parameters, reader", f"{counts['reader']:,}"))
     seconds = training_seconds(m, metrics)
     if seconds:
-        cards.append(("training, from the logged rates", f"{seconds / 60:.1f} min"))
+        cards.append(
+            ("training, from the logged rates", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min")
+        )
     return '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in cards) + "</div>"
 
 
@@ -187,7 +114,7 @@ def training(m: Material, metrics: list[dict[str, Any]]) -> str:
         "How classification and reconstruction came along. Training values are means over the batches between two "
         "log lines, taken while the model changes; PSNR (higher is better) is that of the mean error."
     )
-    return section("Training", text, chart(plots.curves_figure(lines, xlabel="epoch"), "training curves"))
+    return section("Training", text, charts(lines, xlabel="epoch"))
 
 
 def inner_steps(m: Material) -> str:
@@ -200,11 +127,10 @@ def inner_steps(m: Material) -> str:
     if "psnr" in curve[0]:
         panels.append(("PSNR (dB)", [("PSNR", steps, [row["psnr"] for row in curve])]))
     text = (
-        "Every signal is fitted by a few gradient steps from the same learned start. What the classifier knows, and how "
-        f"well the field shows the signal, if fitting ends earlier ({curve[0]['count']:,} test samples)."
+        "Every signal is fitted by a few gradient steps from the same learned start. What the classifier knows, and "
+        f"how well the field shows the signal, if fitting ends earlier ({curve[0]['count']:,} test samples)."
     )
-    figure = plots.curves_figure(panels, xlabel="inner steps", whole_numbers=True)
-    return section("After each inner step", text, chart(figure, "accuracy and PSNR over inner steps"))
+    return section("After each inner step", text, charts(panels, xlabel="inner steps", whole_numbers=True))
 
 
 def classes(m: Material) -> str:
@@ -269,7 +195,7 @@ def mistakes(m: Material) -> str:
     confidence, predicted = m.probabilities.max(-1)
     wrong = (predicted != m.labels).nonzero()[:, 0]
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-    text = f"{len(wrong):,} of {len(m.labels):,} test images are classified wrongly; here those with the highest confidence. "
+    text = f"{len(wrong):,} of {len(m.labels):,} test images are classified wrongly; here the most confident. "
     if not len(wrong):
         return section("Worst mistakes", "No test image is classified wrongly.")
     figures = []
@@ -294,18 +220,16 @@ def mistakes(m: Material) -> str:
 
 def weight_map(m: Material) -> str:
     """PCA of the offsets."""
-    batches = m.split.batches(batch_size=m.run.config.run.eval_batch_size, shuffle=True)
-    with tqdm(batches, desc="offsets", dynamic_ncols=True, leave=False, disable=None) as bar:
-        vectors, labels, _ = inspection.collect_offsets(
-            m.run.model, bar, count=min(MAP_SAMPLES, len(m.split)), precision=m.run.config.run.precision
-        )
+    batches = m.batches("offsets", shuffle=True)  # a split is often sorted by class
+    count, precision = min(MAP_SAMPLES, len(m.split)), m.run.config.run.precision
+    vectors, labels, _ = inspection.collect_offsets(m.run.model, batches, count=count, precision=precision)
     if len(vectors) < 3:
         return section("The space of weights", "Too few test samples for a map.")
     points, explained = inspection.principal_components(vectors)
     text = (
-        f"Each dot is one test sample: the {vectors.shape[1]:,} weight offsets of its fitted SIREN, projected onto the two "
-        f"directions in which the offsets of {len(vectors):,} samples vary most (principal component analysis). These "
-        f"explain {float(explained.sum()):.1%} of the variance. Classes that lie apart already here are easy; the "
+        f"Each dot is one test sample: the {vectors.shape[1]:,} weight offsets of its fitted SIREN, projected onto the "
+        f"two directions in which the offsets of {len(vectors):,} samples vary most (principal component analysis). "
+        f"These explain {float(explained.sum()):.1%} of the variance. Classes that lie apart here are easy; the "
         "classifier uses all directions."
     )
     figure = plots.scatter_figure(points, labels, m.classes, explained)
@@ -330,10 +254,11 @@ def interpolation(m: Material) -> str:
     frames = []
     for i, image in enumerate(images):
         best = int(shares[i].argmax())
-        frames.append(frame(image, f"{i / (FRAMES - 1):.0%}", m.classes[best], percent(float(shares[i, best]))))
+        said = f"{m.classes[best]} ({percent(float(shares[i, best]))})"
+        frames.append(frame(image, f"{i / (FRAMES - 1):.0%}", said))
     text = (
-        f"The weights of two fitted test images ({positions[0]} and {positions[1]}) mixed linearly, from the first to the "
-        "second. Below each field the share of the second, and what the classifier says of exactly these weights."
+        f"The weights of two fitted test images ({positions[0]} and {positions[1]}) mixed linearly, from the first to "
+        "the second. Below each field the share of the second, and what the classifier says of exactly these weights."
     )
     return section(title, text, f'<div class="strip">{"".join(frames)}</div>')
 

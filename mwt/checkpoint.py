@@ -167,7 +167,7 @@ def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim
 
 def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, folder: Path) -> None:
     ours = dataclasses.asdict(model.config)
-    stored = dataclasses.asdict(type(model.config)(**saved))
+    stored = dataclasses.asdict(type(model.config).from_dict(saved))
     for block, values in ours.items():
         for key, value in values.items():
             if stored[block][key] != value:

@@ -111,9 +111,10 @@ class DataConfig:
     """A folder made by `python -m data_pipes.prepare`, or builtin:NAME."""
     batch_size: int = 16
     """Signals per optimizer step, over all processes."""
-    augment: Literal["none", "crop", "crop_flip", "affine_flip", "points"] = "none"
+    augment: Literal["none", "crop", "crop_flip", "affine_flip", "coords", "points"] = "none"
     """crop: reflect padding and random crop. crop_flip: and horizontal flip. affine_flip: the paper's augmentation
-    for 320 x 320 (reflect pad, rotate, crop, rescale, flip). points: scale and jitter of point sets."""
+    for 320 x 320 (reflect pad, rotate, crop, rescale, flip). coords: rotate, scale and shift the coordinates, not the
+    pixels. points: scale and jitter of point sets."""
     crop_padding: int = 4
     train_split: str = "train"
     test_split: str = "test"
@@ -212,15 +213,12 @@ class ModelConfig:
     loss: LossConfig
     signal: SignalFacts
 
-    def __post_init__(self) -> None:
-        blocks = {
-            "siren": SirenConfig, "inner_loop": InnerLoopConfig, "reader": ReaderConfig, "loss": LossConfig,
-            "signal": SignalFacts,
-        }  # fmt: skip
-        for name, block in blocks.items():  # JSON brings dicts
-            value = getattr(self, name)
-            if isinstance(value, dict):
-                object.__setattr__(self, name, block(**value))
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `dataclasses.asdict`, for what JSON brings."""
+        blocks = {"siren": SirenConfig, "inner_loop": InnerLoopConfig, "reader": ReaderConfig, "loss": LossConfig}
+        signal = SignalFacts(**{**values["signal"], "classes": tuple(values["signal"]["classes"])})
+        return cls(signal=signal, **{name: block(**values[name]) for name, block in blocks.items()})
 
 
 def model_config(config: ClassifyConfig, signal: SignalFacts) -> ModelConfig:

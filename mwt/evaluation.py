@@ -63,7 +63,7 @@ class Evaluation:
         numbers["mse"] = float(self.losses[:, -1].mean())
         return numbers
 
-    def per_class(self) -> dict[str, dict[str, float | None]]:
+    def per_class(self) -> dict[str, dict[str, float | int | None]]:
         """Count, accuracy (recall) and precision of each class; null where a class does not occur."""
         matrix = confusion_matrix(self.predicted, self.labels, len(self.classes)).double()
         hits, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)

@@ -206,7 +206,7 @@ def save_evaluation(run: TrainedRun, document: dict[str, Any], result: Evaluatio
 
 
 def load_evaluation(run: TrainedRun, split: str, count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """The stored evaluation of a split, if of this checkpoint, all `count` samples, the trained steps, and with a curve."""
+    """The stored evaluation of a split, if of this checkpoint, all `count` samples, trained steps, and with a curve."""
     numbers, predictions = run.files(split)
     try:
         document = json.loads(numbers.read_text())

@@ -85,7 +85,7 @@ class MetaWeightTransformer(
         """A fresh model; `config` as a dict is what `config.json` holds."""
         super().__init__()
         if isinstance(config, dict):
-            config = ModelConfig(**config)
+            config = ModelConfig.from_dict(config)
         self.config = config
         signal = config.signal
         self.siren = Siren(config.siren, coordinate_dims=signal.coordinate_dims, channels=signal.channels)

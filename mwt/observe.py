@@ -68,7 +68,8 @@ def observe(
     """
     steps = config.steps if steps is None else steps
     if batch.images is not None:
-        coords: Tensor = grid(*batch.images.shape[-2:], device=batch.images.device)
+        coords: Tensor
+        coords = grid(*batch.images.shape[-2:], device=batch.images.device) if batch.coords is None else batch.coords
         values = pixels(batch.images)
     else:
         assert batch.coords is not None, "a batch has images, or coords and values"

@@ -143,7 +143,7 @@ def confusion_figure(matrix: Int[Tensor, "K K"], classes: Sequence[str]) -> Figu
     count = len(classes)
     shares = (matrix / matrix.sum(1, keepdim=True).clamp_min(1)).numpy()
     size = min(9.0, 3.2 + 0.36 * count)
-    figure = _figure(size, size)
+    figure = _figure(size, 0.86 * size)  # the colour bar stands beside it
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted class", ylabel="true class")
@@ -162,7 +162,7 @@ def confusion_figure(matrix: Int[Tensor, "K K"], classes: Sequence[str]) -> Figu
     return figure
 
 
-Line = tuple[str, Sequence[float], Sequence[float]]
+Line = tuple[str, Sequence[float | int], Sequence[float | int]]
 """Name, x and y of a curve."""
 
 
@@ -242,11 +242,11 @@ def reliability_figure(probabilities: Float[Tensor, "n K"], labels: Int[Tensor, 
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     centres, width = (torch.arange(bins) + 0.5) / bins, 0.9 / bins
     used = counts > 0
-    _plain(above).plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfectly calibrated")
-    above.plot(
-        confidence[used].numpy(), accuracy[used].numpy(), "o", color=ORANGE, markersize=4, label="at mean confidence"
-    )
-    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    _plain(above).plot([0, 1], [0, 1], color="#555555", linewidth=1, linestyle="--", zorder=3, label="calibrated")
+    x, y = confidence[used].numpy(), accuracy[used].numpy()
+    above.bar(centres[used].numpy(), y, width, color=BLUE, alpha=0.75, label="accuracy in the bin")
+    above.plot(x, y, "o", color=ORANGE, markersize=4, label="at mean confidence")
+    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.04))
     above.legend(fontsize=8, frameon=False, loc="upper left")
     _plain(below).bar(centres.numpy(), counts.numpy(), width, color=GREY)
     below.set(xlabel="confidence of the prediction", ylabel="samples")

@@ -27,9 +27,6 @@ class SignalFacts:
     width: int | None
     classes: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))  # JSON brings a list
-
     @property
     def coordinate_dims(self) -> int:
         """D: (y, x) for images, (x, y, z) for point sets."""
@@ -39,6 +36,8 @@ class SignalFacts:
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Signals with labels, on the device. Made by `data_pipes`; either `images` or `coords` and `values` are set.
+
+    Beside images, `coords` [B, h * w, 2] places their pixels elsewhere than on the regular grid (an augmentation).
 
     `positions` are the samples' places in their split: the key of all randomness that concerns a sample.
     """

@@ -46,6 +46,4 @@ def load(name: str, request: Request) -> Source:
             )
         if len(labels[split]) == 0 or int(labels[split].max()) >= len(reader.classes):
             raise InputError(f"{paths[part, 'labels']} holds no labels, or some above {len(reader.classes) - 1}.")
-    return from_arrays(
-        name, images, labels, classes=tuple(reader.classes), licence=LICENCES[name], request=request
-    )
+    return from_arrays(name, images, labels, classes=tuple(reader.classes), licence=LICENCES[name], request=request)

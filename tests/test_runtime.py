@@ -1,0 +1,127 @@
+"""What programs do to their process: exit status, signals, files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mwt.errors import InputError, TrainingError
+from mwt.runtime import StopRequested, can_compile, choose_device, environment, run_program, write_json
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("No such thing."), 2, "error: No such thing."),
+        (TrainingError("Not finite at step 3."), 1, "error: Not finite at step 3."),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "No space left on device: a/b"),
+        (PermissionError(errno.EACCES, "Permission denied", "c"), 2, "Permission denied: c"),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str] | None) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_program(main)
+    assert left.value.code == status
+    text = capsys.readouterr().err
+    assert said in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (143, 143)])
+def test_what_main_returns_is_the_exit_status(returned: int | None, status: int) -> None:
+    def main(argv: list[str] | None) -> int | None:
+        return returned
+
+    with pytest.raises(SystemExit) as left:
+        run_program(main)
+    assert left.value.code == status
+
+
+def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
+    def main(argv: list[str] | None) -> int:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError):
+        run_program(main)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_a_flag_the_second_ends(number: int, status: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequested() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        assert stop.exit_status == status
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert json.loads(path.read_text()) == {"x": 1}
+    write_json(path, [1, 2])
+    assert json.loads(path.read_text()) == [1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent() -> None:
+    with pytest.raises(InputError, match=r"run\.device is cuda, but torch sees no CUDA device"):
+        choose_device("cuda")
+    assert choose_device("auto").type == "cpu"
+
+
+def test_compilation_without_a_compiler_is_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.warns(UserWarning, match=r"g\+\+.*python3-dev") as caught:
+        assert not can_compile(torch.device("cpu"))
+    assert len(caught) == 1
+
+
+def test_the_environment_is_json_and_names_what_results_depend_on() -> None:
+    facts = json.loads(json.dumps(environment()))
+    assert torch.__version__.startswith(facts["versions"]["torch"].split("+")[0])
+    assert set(facts) >= {"commit", "modified", "python", "platform", "versions", "cpu", "cpu_threads", "gpus"}
+    assert facts["command"] == sys.argv
+
+
+def test_importing_the_library_changes_nothing() -> None:
+    """Threads, signal handlers, precision and allocator belong to programs."""
+    code = (
+        "import signal, torch\n"
+        "state = lambda: (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(),\n"
+        "                 signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.initial_seed())\n"
+        "before = state()\n"
+        "import mwt, mwt.runtime, mwt.checkpoint, mwt.evaluation, mwt.training\n"
+        "assert state() == before, (before, state())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_the_allocator_setting_works_or_says_no() -> None:
+    code = "from mwt.runtime import keep_freed_memory as k; print(k(), k())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.split() in (["True", "True"], ["False", "False"])

@@ -1,0 +1,399 @@
+"""The training program: what it leaves behind, what it refuses, and that interrupted runs end like undisturbed ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+import train.classify as program
+from mwt.config import ClassifyConfig, load_config
+from mwt.errors import InputError, TrainingError
+from mwt.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "data_pipes" / "builtin" / "digits"
+TIMING = {"images_per_second"}
+# 5 steps an epoch, two epochs; random subsets of 16 points; the test split stands in for a monitored one.
+LONGER = ("data.limit=40", "optim.epochs=2", "data.monitor_split=test")
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state() -> Iterator[None]:
+    """Accelerate and torch keep process-wide state, which a program may set and a test must not leave behind."""
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def debug(run: Path, *arguments: str) -> int:
+    return program.main(["--debug", f"run.dir={run}", *arguments])
+
+
+def parameters(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    folder = json.loads((run / "checkpoints" / f"{name}.json").read_text())["folder"]
+    return load_file(run / "checkpoints" / folder / "model.safetensors")
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def check_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    ours, theirs = parameters(one), parameters(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+# ---- what it leaves behind ---------------------------------------------------------------------------------------
+
+
+def test_debug_goes_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "a" / "run"
+    assert debug(run) == 0
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "overrides.txt",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["last.json", "step-00000002"]
+    assert [row["step"] for row in rows(run)] == [1, 2]
+    assert {"epoch", "split", "classification_loss", "reconstruction_loss", "accuracy"} <= rows(run)[0].keys()
+    config = load_config(ClassifyConfig, run / "config.yaml")
+    assert (config.data.limit, config.run.dir) == (16, str(run))
+    assert "versions" in json.loads((run / "env.json").read_text())
+    assert f"python -m eval.classify --run {run}" in capsys.readouterr().out
+    assert debug(run) == 0  # a debugging run may be repeated
+
+
+def test_list_and_print_config_train_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert program.main(["--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == sorted(
+        p.stem for p in (ROOT / "configs" / "classify").glob("*.yaml")
+    )
+    config = ROOT / "configs" / "classify" / "digits.yaml"
+    assert program.main(["--config", str(config), "--print-config", "optim.epochs=7"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(ClassifyConfig, printed) == load_config(ClassifyConfig, config, ["optim.epochs=7"])
+    assert list(tmp_path.iterdir()) == [printed]
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert debug(tmp_path / name, f"run.seed={seed}", "data.augment=crop", "data.crop_padding=1") == 0
+    check_same_run(tmp_path / "a", tmp_path / "b")
+    assert rows(tmp_path / "a") != rows(tmp_path / "c")
+
+
+# ---- what it refuses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optim.epoch=3", r"'epoch'.*'epochs'"),
+        ("optim.epochs=many", r"many.*optim\.epochs"),
+        ("data.path=/nothing/here", "/nothing/here"),
+        ("data.path=builtin:nothing", "'nothing'; there is digits"),
+        ("data.train_split=training", "training"),
+        ("data.monitor_split=validation", "validation"),
+        ("data.batch_size=17", r"16 samples, fewer than one batch of 17.*data\.batch_size"),
+        ("inner_loop.points=65", r"inner_loop\.points is 65, .*only 64 points"),
+        ("data.augment=affine_flip", "8 x 8 are too small"),
+        ("data.augment=points", "points"),
+        ("siren.hidden=100", "not a multiple of the attention's head dimension"),
+        ("run.precision=fp16", "fp16 needs a CUDA device"),
+    ],
+)
+def test_refusals_are_a_sentence_and_leave_no_run_behind(tmp_path: Path, argument: str, message: str) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=message):
+        debug(run, argument)
+    assert not run.exists(), "the corrected command would be refused, because the run directory exists"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_absent(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.device is cuda, but torch sees no CUDA device"):
+        debug(tmp_path / "run", "run.device=cuda")
+
+
+def test_an_empty_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(InputError, match=r"Data folder .*data is empty.*data_pipes\.prepare"):
+        debug(tmp_path / "run", f"data.path={tmp_path / 'data'}")
+
+
+def test_an_existing_run_is_neither_overwritten_nor_touched(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"run exists already.*--resume"):
+        debug(run)
+    assert [p.name for p in run.iterdir()] == ["thesis.txt"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        debug(tmp_path / "file" / "run")
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        program.main(["--resume", f"run.dir={tmp_path / 'nothing'}"])
+
+
+def test_a_launcher_that_contradicts_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(InputError, match=r"mixed precision 'bf16', but run\.precision is 'fp32'"):
+        debug(tmp_path / "run")
+
+
+# ---- losses that are not finite ----------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From step 7 on, in the second epoch, images are not numbers any more."""
+    import mwt.training
+    from mwt.observe import observe
+
+    run = tmp_path / "run"
+    calls = []
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        seen = observe(*args, **kwargs)
+        calls.append(1)
+        if len(calls) >= 7:
+            seen.values[:] = float("nan")
+        return seen
+
+    monkeypatch.setattr(mwt.training, "observe", poisoned)
+    with pytest.raises(TrainingError, match="not finite at step 7"):
+        debug(run, *LONGER, "run.log_every=4")
+    monkeypatch.undo()
+    assert json.loads((run / "checkpoints" / "last.json").read_text())["folder"] == "step-00000005"
+    assert all(value.isfinite().all() for value in parameters(run).values())
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert program.main(["--resume", f"run.dir={run}"]) == 0
+    assert rows(run)[-1]["step"] == 10
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1() -> None:
+    arguments = ["--debug", "run.dir=unused", "inner_loop.alpha_max=1e38", "inner_loop.alpha_min=1e37"]
+    code = (
+        "import sys, tempfile, os\nos.chdir(tempfile.mkdtemp())\n"
+        f"from train.classify import main\nfrom mwt.runtime import run_program\nrun_program(main, {arguments!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 1, done.stderr
+    assert "not finite at step 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- interrupted and resumed -------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def agreed(stop: Any, step: int, accelerator: Any) -> bool:
+        if step == number:
+            stop.signal = signal.SIGTERM
+        return stop.signal is not None
+
+    monkeypatch.setattr(program, "stop_agreed", agreed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """One run that nothing disturbs, for each interval of logging."""
+    runs = {}
+    for every in (1, 2):
+        runs[every] = tmp_path_factory.mktemp("undisturbed") / "run"
+        assert debug(runs[every], *LONGER, f"run.log_every={every}") == 0
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("step", "every"),
+    [pytest.param(3, 1, id="within an epoch"), pytest.param(5, 1, id="at the end of an epoch"),
+     pytest.param(3, 2, id="between two lines of the log")],
+)  # fmt: skip
+def test_an_interrupted_and_resumed_run_equals_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], undisturbed: dict[int, Path],
+    step: int, every: int,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    stop_at(monkeypatch, step)
+    assert debug(run, *LONGER, f"run.log_every={every}") == 143
+    said = capsys.readouterr().err
+    assert f"Stopped at step {step} of 10" in said
+    assert f"python -m train.classify --resume run.dir={run}" in said
+    assert json.loads((run / "checkpoints" / "last.json").read_text())["folder"] == f"step-{step:08d}"
+    monkeypatch.undo()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert program.main(["--resume", f"run.dir={run}"]) == 0
+    check_same_run(run, undisturbed[every])
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert debug(run) == 0
+    before, log = parameters(run), (run / "metrics.jsonl").read_text()
+    assert program.main(["--resume", f"run.dir={run}"]) == 0
+    assert (run / "metrics.jsonl").read_text() == log
+    assert all(torch.equal(before[name], value) for name, value in parameters(run).items())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("siren.hidden_layers=2", r"siren\.hidden_layers"), ("inner_loop.shared_alpha=true", r"inner_loop\.shared_alpha")],
+)
+def test_resuming_with_another_architecture_is_refused(tmp_path: Path, override: str, key: str) -> None:
+    run = tmp_path / "run"
+    assert debug(run) == 0
+    with pytest.raises(InputError, match=key):
+        program.main(["--resume", f"run.dir={run}", override])
+    assert len(rows(run)) == 2
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.epochs=3", "data.batch_size=4", "optim.lr_siren=1e-6", "run.seed=9", "data.limit=32"]
+)
+def test_a_resume_with_other_settings_takes_them_or_refuses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    """Never the silent mixture of a schedule, an order of the data and a config that do not belong together."""
+    run = tmp_path / "run"
+    stop_at(monkeypatch, 1)
+    assert debug(run) == 143
+    monkeypatch.undo()
+    key = override.split("=")[0]
+    with pytest.raises(InputError, match=f"{key}|the data".replace(".", r"\.")):
+        program.main(["--resume", f"run.dir={run}", override])
+
+
+def with_validation_split(folder: Path) -> Path:
+    """The digits with their test images as validation split too."""
+    shutil.copytree(DIGITS, folder)
+    info = json.loads((folder / "dataset.json").read_text())
+    info["splits"]["val"] = info["splits"]["test"]
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize("minutes", [5.0, 0.0], ids=["at ends of epochs", "after every step"])
+def test_best_is_the_best_of_the_validation_split_and_the_state_knows_it(tmp_path: Path, minutes: float) -> None:
+    data, run = with_validation_split(tmp_path / "data"), tmp_path / "run"
+    assert debug(run, f"data.path={data}", "data.limit=40", "optim.epochs=3", f"run.checkpoint_minutes={minutes}") == 0
+    validated = {row["step"]: row["accuracy"] for row in rows(run) if row["split"] == "val"}
+    assert list(validated) == [5, 10, 15]
+    top = max(validated.values())
+    first = min(step for step, accuracy in validated.items() if accuracy == top)
+    assert json.loads((run / "checkpoints" / "best.json").read_text())["folder"] == f"step-{first:08d}"
+    state = json.loads((run / "checkpoints" / "step-00000015" / "state.json").read_text())
+    assert state["best"] == top
+    assert state["metrics_position"] == (run / "metrics.jsonl").stat().st_size
+
+
+def test_best_is_never_chosen_on_the_split_that_is_reported(tmp_path: Path) -> None:
+    data, run = with_validation_split(tmp_path / "data"), tmp_path / "run"
+    assert debug(run, f"data.path={data}", "data.test_split=val") == 0
+    assert [row["split"] for row in rows(run)] == ["train", "train", "val"]
+    assert not (run / "checkpoints" / "best.json").exists()
+
+
+def test_the_training_split_can_be_monitored(tmp_path: Path) -> None:
+    assert debug(tmp_path / "run", "data.monitor_split=train") == 0
+    assert len(rows(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_real_process(tmp_path: Path, number: int, status: int) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "train.classify",
+        "--debug",
+        f"run.dir={run}",
+        "data.limit=null",
+        "optim.epochs=1000",
+    ]
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not rows(run) and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        started.send_signal(number)
+        _, said = started.communicate(timeout=60)
+    finally:
+        started.kill()
+        started.wait()
+    assert started.returncode == status, said
+    assert f"python -m train.classify --resume run.dir={run}" in said
+    assert "Traceback" not in said
+    state_of = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
+    assert rows(run)[-1]["step"] == int(state_of.removeprefix("step-"))
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    """Only the order in which sums over a batch are added differs: rounding of float32, 6e-8 an operation."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = [
+        "-m",
+        "train.classify",
+        "--debug",
+        "data.augment=crop",
+        "data.crop_padding=1",
+        "data.monitor_split=test",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments,
+         f"run.dir={two}"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert program.main([*arguments[2:], f"run.dir={one}"]) == 0
+    for ours, theirs in zip(rows(one), rows(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert theirs[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key
+    theirs_parameters = parameters(two)
+    for name, value in parameters(one).items():
+        torch.testing.assert_close(theirs_parameters[name], value, rtol=0, atol=1e-6, msg=name)
