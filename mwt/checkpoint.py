@@ -14,6 +14,7 @@ RUN/eval/NAME.json, RUN/figures/
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -48,6 +49,15 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path} is not readable as JSON ({error}).") from error
 
 
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}).") from error
+
+
 def _optimizer_tensors(model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -76,22 +86,26 @@ def save_checkpoint(
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
-    if final.name not in _pointed_at(folder):
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = {**state, "groups": groups}
+    if final.name in _pointed_at(folder):  # the tensors of this step are there; what is known about it may be newer
+        write_json(final / "state.json", state)
+    else:
         shutil.rmtree(final, ignore_errors=True)  # of a run that died before anything pointed at it
         temporary = folder / f".{final.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             model.save_pretrained(temporary)
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            write_json(temporary / "state.json", {**state, "groups": groups})
+            write_json(temporary / "state.json", state)
             for file in temporary.iterdir():
                 _sync(file)
             os.replace(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, SafetensorError):  # it wraps the OSError, whose text alone names the disk
-                raise OSError(f"the checkpoint of step {state['step']} could not be written: {error}") from error
+                message = f"the checkpoint of step {state['step']} could not be written ({error})"
+                raise OSError(errno.EIO, message, str(folder)) from error
             raise
         _sync(folder)
     write_json(folder / f"{name}.json", {"folder": final.name})
@@ -106,7 +120,7 @@ def _pointed_at(folder: Path) -> set[str]:
 def _remove_unused(folder: Path) -> None:
     kept = _pointed_at(folder)
     for path in folder.iterdir():
-        if path.is_dir() and path.name not in kept:
+        if path.is_dir() and path.name.startswith(("step-", ".step-")) and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -151,8 +165,8 @@ def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim
         InputError: the checkpoint belongs to another architecture; names what differs.
     """
     _check_architecture(_read_json(folder / "config.json"), model, folder)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    tensors = load_file(folder / "optimizer.safetensors")
+    model.load_state_dict(_read_tensors(folder / "model.safetensors"))
+    tensors = _read_tensors(folder / "optimizer.safetensors")
     named = dict(model.named_parameters())
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
@@ -167,7 +181,10 @@ def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim
 
 def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, folder: Path) -> None:
     ours = dataclasses.asdict(model.config)
-    stored = dataclasses.asdict(type(model.config).from_dict(saved))
+    try:
+        stored = dataclasses.asdict(type(model.config).from_dict(saved))
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'} does not describe a model ({error}).") from error
     for block, values in ours.items():
         for key, value in values.items():
             if stored[block][key] != value:

@@ -6,7 +6,7 @@ the values that make a published model (`VARIANTS`) at the level where it is nam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -71,6 +71,7 @@ class InnerLoopConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")
+        _require(self.alpha_min <= self.alpha_max, "inner_loop.alpha_min is larger than inner_loop.alpha_max.")
         _require(0 < self.fraction <= 1, f"inner_loop.fraction is {self.fraction}; it must lie in (0, 1].")
         _require(self.points is None or self.points >= 1, "inner_loop.points must be at least 1, or null.")
 
@@ -92,7 +93,10 @@ class ReaderConfig:
         _require(
             self.token_scale >= 0, f"reader.token_scale is {self.token_scale}; it must be 0 (layer norm) or positive."
         )
-        _require(self.blocks >= 1, f"reader.blocks is {self.blocks}; it must be at least 1.")
+        for name in ("blocks", "head_dim"):
+            _require(getattr(self, name) >= 1, f"reader.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("mlp_ratio", "layer_scale"):
+            _require(getattr(self, name) > 0, f"reader.{name} is {getattr(self, name)}; it must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,10 @@ class LossConfig:
 
     classification_weight: float = 0.01
     """w_cls: how much of the classification gradient reaches the SIREN and the learned rates. 0 detaches (WT)."""
+
+    def __post_init__(self) -> None:
+        weight = self.classification_weight
+        _require(weight >= 0, f"loss.classification_weight is {weight}; it must be 0 (WT) or positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +140,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
         _require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
+        for name in ("crop_padding", "resident_mb", "workers"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +160,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
+        for name in ("lr_siren", "lr_alpha", "lr_reader"):
+            _require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; it must be positive.")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
+        _require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +191,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trackers", tuple(self.trackers))
+        _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
+        _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
         for name in ("log_every", "monitor_every", "eval_batch_size"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
 
@@ -293,6 +310,16 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
 def config_yaml(config: object) -> str:
     """The configuration as YAML, complete: `load_config` on it gives an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flat(config: ClassifyConfig) -> dict[str, Any]:
+    """The configuration as `block.key: value`, for trackers."""
+    rows: dict[str, Any] = {}
+    for block, values in asdict(config).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            name = f"{block}.{key}" if key else block
+            rows[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return rows
 
 
 def list_configs(folder: Path) -> list[tuple[str, str]]:

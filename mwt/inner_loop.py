@@ -40,7 +40,10 @@ def loss_and_gradient(
     gradients: LayerTensors = []
     for i in range(len(layers) - 1, 0, -1):
         pre = upstream * states[i][1]
-        gradients.append(((states[i - 1][0].mT @ pre) * scale, pre.sum(-2) * scale))
+        weight_gradient = (states[i - 1][0].mT @ pre).to(
+            loss.dtype
+        )  # before the division, which would underflow in fp16
+        gradients.append((weight_gradient * scale, pre.sum(-2, dtype=loss.dtype) * scale))
         upstream = pre @ layers[i][0].mT
     pre = upstream.to(coords.dtype) * states[0][1]
     scale *= siren.omega
@@ -57,8 +60,10 @@ def fit(siren: Siren, alpha: MetaSGD, observations: Observations, *, steps: int)
     gradient is wanted. `steps` may exceed the trained number only where the rates are shared.
 
     Raises:
-        ValueError: more steps than there are learned rates.
+        ValueError: no step, or more steps than there are learned rates.
     """
+    if steps < 1:
+        raise ValueError(f"a fit takes at least one inner step, not {steps}")
     if not alpha.shared and steps > len(alpha):
         raise ValueError(
             f"{steps} inner steps asked for, but rates were learned for {len(alpha)} (and are not shared)."

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
@@ -109,7 +110,17 @@ class MetaWeightTransformer(
 
         Args:
             steps: inner steps, if other than trained: fewer, or, where the rates are shared, more.
+
+        Raises:
+            InputError: signals with other channels or coordinates than the model's.
         """
+        signal = self.config.signal
+        dims, channels = observations.coords.shape[-1], observations.values.shape[-1]
+        if (dims, channels) != (signal.coordinate_dims, signal.channels):
+            raise InputError(
+                f"The model takes signals of {signal.channels} channel(s) over {signal.coordinate_dims} coordinates; "
+                f"these have {channels} over {dims}."
+            )
         steps = self.config.inner_loop.steps if steps is None else steps
         fitted = fit(self.siren, self.alpha, observations, steps=steps)
         offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
@@ -121,14 +132,16 @@ class MetaWeightTransformer(
 
         Args:
             images: grey levels 0 to 255, with the channels that the model was trained on (`config.signal`); one
-                image or a batch. `data_pipes.decode.load_image` makes them from files.
+                image or a batch. `data_pipes.load_image` makes them from files.
+
+        Raises:
+            InputError: other channels than the model's.
         """
         device = self.siren.out_scale.device
         if images.ndim == 3:
             images = images[None]
-        count = len(images)
-        positions = torch.arange(count, device=device)
-        batch = Batch(images=images.to(device), labels=torch.zeros_like(positions), positions=positions)
+        nought = torch.zeros(len(images), dtype=torch.int64, device=device)  # no image's result depends on its place
+        batch = Batch(images=images.to(device), labels=nought, positions=nought)
         output = self.fit_and_read(observe(batch, self.config.inner_loop, seed=0, purpose="evaluate"))
         everything = whole(batch)
         quality = psnr(self.siren(output.fit.offsets, everything.coords), everything.values)
@@ -176,13 +189,20 @@ class MetaWeightTransformer(
         """A trained model from a folder, a run's checkpoint, the Hugging Face hub, or `builtin:NAME`.
 
         Raises:
-            InputError: no such builtin model.
+            InputError: no such model.
         """
         name = str(pretrained_model_name_or_path)
         if name.startswith(BUILTIN):
             if name not in list_builtin_models():
                 raise InputError(f"There is no model {name!r}; there are {', '.join(list_builtin_models()) or 'none'}.")
             name = str(files("mwt") / "builtin" / name.removeprefix(BUILTIN))
-        with redirect_stdout(io.StringIO()):  # the mixin prints where programs write JSON
-            model: MetaWeightTransformer = super().from_pretrained(name, **kwargs)
+        elif not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+            raise InputError(f"There is no folder {name}, and it is not a name USER/MODEL of the Hugging Face hub.")
+        try:
+            with redirect_stdout(io.StringIO()):  # the mixin prints where programs write JSON
+                model: MetaWeightTransformer = super().from_pretrained(name, **{"strict": True, **kwargs})
+        except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
+            if Path(name).is_dir():
+                raise
+            raise InputError(f"There is no folder {name}, and the hub did not give it: {error}") from error
         return model.eval()

@@ -24,10 +24,13 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> OneCycleLR:
     """OneCycle over `total_steps` optimizer steps; call its `step` after each."""
     rates = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps, pct_start=config.warmup)
+    warmup = config.warmup
+    if warmup * total_steps == 1:  # OneCycleLR would divide by the zero steps of such a rise
+        warmup = 1.5 / total_steps
+    return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps, pct_start=warmup)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> torch.Tensor:
-    """Clip each group's gradients to norm `max_norm` (None: leave them); returns the groups' norms before it [groups]."""
+    """Clip each group's gradients to norm `max_norm` (None: not at all); returns the norms before it [groups]."""
     limit = float("inf") if max_norm is None else max_norm
     return torch.stack([nn.utils.clip_grad_norm_(group["params"], limit) for group in optimizer.param_groups])

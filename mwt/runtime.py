@@ -64,6 +64,17 @@ def can_compile(device: torch.device) -> bool:
     return not missing
 
 
+COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}
+"""Steps from which torch.compile wins back the half minute and more that it takes."""
+
+
+def compile_pays(choice: str, device: torch.device, steps: int) -> bool:
+    """Whether to compile `steps` steps: `always`, `never`, or `auto`, where they are enough; only where it can work."""
+    if choice == "never" or (choice == "auto" and steps < COMPILE_PAYS_FROM[device.type]):
+        return False
+    return can_compile(device)
+
+
 class StopRequested:
     """Turns the first SIGINT or SIGTERM into a flag, so that a program can save before it ends; a second one ends it.
 
@@ -88,6 +99,17 @@ class StopRequested:
             raise KeyboardInterrupt
         self.signal = number
 
+    def agreed(self, step: int, device: torch.device) -> bool:
+        """Whether to stop after `step`: at once in one process; several ask each other every 8 steps and stop together."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return self.signal is not None
+        if step % 8:
+            return False
+        flag = torch.tensor([self.signal or 0], device=device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        self.signal = int(flag) or None
+        return self.signal is not None
+
     @property
     def exit_status(self) -> int:
         """130 after Ctrl-C, 143 after SIGTERM."""
@@ -108,7 +130,7 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except KeyboardInterrupt:
         status = _complain("interrupted.", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM):
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, errno.EIO):
             raise
         status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
     sys.stdout.flush()

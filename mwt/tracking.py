@@ -25,7 +25,7 @@ class MetricsLog:
 
     def truncate(self, position: int) -> None:
         """Forget what was logged after a checkpoint."""
-        self._file.truncate(position)
+        self._file.truncate(min(position, os.fstat(self._file.fileno()).st_size))
         self._file.seek(0, os.SEEK_END)
 
     def write(self, *, step: int, epoch: float, split: str, **numbers: float) -> None:

@@ -42,20 +42,42 @@ class Meter:
         Raises:
             TrainingError: names the first such step.
         """
-        bad = int(self._first_bad)
+        first_bad = self._first_bad.clone()
+        if _several_processes():
+            torch.distributed.all_reduce(first_bad, op=torch.distributed.ReduceOp.MIN)
+        bad = int(first_bad)
         if bad < torch.iinfo(torch.int64).max:
             raise TrainingError(
-                f"The loss or its gradient is not finite at step {bad}. The last checkpoint is from before it; lower "
-                "optim.lr_siren or optim.lr_alpha, or set run.precision=fp32, and go on from it with --resume."
+                f"The loss or its gradient is not finite at step {bad}. The last checkpoint is from before it: go on "
+                "from there with --resume run.precision=fp32, or begin a new run with smaller optim.lr_siren, "
+                "optim.lr_alpha and optim.lr_reader."
             )
 
     def read(self) -> dict[str, float]:
         """Means since the last `read`, after a `check`."""
         self.check()
-        means = (self._sums / max(1, self._steps)).tolist()
+        sums = self.state()["sums"]
+        means = [value / max(1, self._steps) for value in sums]
         self._sums.zero_()
         self._steps = 0
         return dict(zip(self.NAMES, means, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, over all processes, for a checkpoint."""
+        sums = self._sums.clone()
+        if _several_processes():
+            torch.distributed.all_reduce(sums)
+            sums /= torch.distributed.get_world_size()
+        return {"sums": sums.tolist(), "steps": self._steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from the sums of a checkpoint."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._steps = state["steps"]
+
+
+def _several_processes() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def train_step(

@@ -37,8 +37,9 @@ def images(count: int = 4, channels: int = 1) -> torch.Tensor:
 
 def test_the_public_names_are_these() -> None:
     assert mwt.__all__ == [
-        "Batch", "ClassifyConfig", "Fit", "InputError", "Losses", "MetaWeightTransformer", "ModelConfig",
-        "Observations", "Output", "Prediction", "SignalFacts", "TrainingError", "list_builtin_models", "list_readers", "list_variants",
+        "Batch", "ClassifyConfig", "Fit", "InputError", "Losses",
+        "MetaWeightTransformer", "ModelConfig", "Observations", "Output", "Prediction",
+        "SignalFacts", "TrainingError", "list_builtin_models", "list_readers", "list_variants",
         "load_config",
     ]  # fmt: skip
     assert all(hasattr(mwt, name) for name in mwt.__all__)

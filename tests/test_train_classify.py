@@ -390,10 +390,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert program.main([*arguments[2:], f"run.dir={one}"]) == 0
+    theirs_parameters = parameters(two)
+    for name, value in parameters(one).items():
+        torch.testing.assert_close(theirs_parameters[name], value, rtol=0, atol=1e-6, msg=name)
     for ours, theirs in zip(rows(one), rows(two), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert theirs[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key
-    theirs_parameters = parameters(two)
-    for name, value in parameters(one).items():
-        torch.testing.assert_close(theirs_parameters[name], value, rtol=0, atol=1e-6, msg=name)

@@ -11,11 +11,10 @@ python -m train.classify --resume run.dir=runs/NAME               go on where an
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
-import shutil
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,28 +27,21 @@ from data_pipes.augment import augment
 from data_pipes.read import Split, open_split
 from data_pipes.schema import DatasetInfo, read_info
 from mwt.checkpoint import find_checkpoint, resume, save_checkpoint
-from mwt.config import DEBUG, ClassifyConfig, config_yaml, list_configs, load_config, model_config
+from mwt.config import DEBUG, ClassifyConfig, config_yaml, flat, list_configs, load_config, model_config
 from mwt.errors import InputError
 from mwt.evaluation import autocast, evaluate
 from mwt.model import MetaWeightTransformer
-from mwt.observe import points_per_step
+from mwt.observe import observe
 from mwt.optim import make_optimizer, make_schedule
 from mwt.rng import derived_seed
-from mwt.runtime import (
-    StopRequested,
-    can_compile,
-    choose_device,
-    environment,
-    keep_freed_memory,
-    run_program,
-    write_json,
-)
+from mwt.run_directory import open_run_directory
+from mwt.runtime import StopRequested, choose_device, compile_pays, keep_freed_memory, run_program
+from mwt.structs import Batch
 from mwt.tracking import MetricsLog, read_metrics
 from mwt.training import Meter, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classify"
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours to accelerate's
-COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}  # steps: compiling takes about a minute
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -89,30 +81,6 @@ def check_launcher(config: ClassifyConfig) -> None:
         raise InputError("Gradient accumulation is not supported; launch with gradient_accumulation_steps 1.")
 
 
-def open_run_directory(config: ClassifyConfig, arguments: argparse.Namespace) -> None:
-    """Make run.dir, or check that there is something in it to resume."""
-    run = Path(config.run.dir)
-    if arguments.resume:
-        find_checkpoint(run)
-        return
-    if arguments.debug and (run / ".debug").is_file():
-        shutil.rmtree(run)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(
-            f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
-            f"`python -m train.classify --resume run.dir={run}`."
-        )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(config_yaml(config))
-        (run / "overrides.txt").write_text("".join(f"{item}\n" for item in arguments.overrides))
-        write_json(run / "env.json", environment())
-        if arguments.debug:
-            (run / ".debug").touch()
-    except OSError as error:
-        raise InputError(f"The run directory {run} cannot be written: {error.strerror}.") from error
-
-
 # ---- what a run is made of ---------------------------------------------------------------------------------------
 
 
@@ -134,6 +102,8 @@ class Run:
     steps_per_epoch: int
     step: int = 0
     best: float = -1.0
+    seconds: float = 0.0
+    """Time spent training, over all resumptions."""
     log: MetricsLog | None = None
     meter: Meter = field(init=False)
 
@@ -153,12 +123,16 @@ class Run:
     def save(self, name: str) -> None:
         """A checkpoint, unless a step since the last one was not finite."""
         self.meter.check()
+        meter, scaler = self.meter.state(), self.accelerator.scaler
         if self.log is not None:
             state = {
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "best": self.best,
+                "seconds": self.seconds,
+                "meter": meter,
                 "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
                 "metrics_position": self.log.position,
             }
             save_checkpoint(self.directory, name=name, model=self.model, optimizer=self.optimizer, state=state)
@@ -190,16 +164,22 @@ def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerato
             f"The split {train.name!r} has {len(train)} samples, fewer than one batch of {data.batch_size}; "
             "choose a smaller data.batch_size."
         )
-    if info.facts.height and info.facts.width:
-        points_per_step(config.inner_loop, info.facts.height * info.facts.width)  # refuses too many at once
     monitored = data.monitor_split or ("val" if "val" in info.splits else None)
     return train, open_split(data.path, monitored, **reading) if monitored else None
+
+
+def prepare_batch(batch: Batch, config: ClassifyConfig, *, epoch: int) -> Batch:
+    """The batch as training sees it: augmented."""
+    return augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding)
 
 
 def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> Run:
     """Data, model, optimizer and schedule, everything at its beginning."""
     device = accelerator.device
     train, monitored = open_data(config, info, accelerator)
+    for batch in train.batches(batch_size=1):  # refuses signals that the augmentation or the sampling cannot take
+        observe(prepare_batch(batch, config, epoch=0), config.inner_loop, seed=0)
+        break
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
     model.tune_for(device)
@@ -229,18 +209,13 @@ def restore(run: Run) -> None:
             f"{run.directory} was to train for {state['total_steps']} steps, this configuration asks for "
             f"{run.total_steps}; the schedule cannot be continued. Keep optim.epochs, data.batch_size and the data."
         )
-    run.step, run.best = state["step"], state["best"]
+    run.step, run.best, run.seconds = state["step"], state["best"], state["seconds"]
+    run.meter.load_state(state["meter"])
+    if run.accelerator.scaler is not None and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
     run.schedule.load_state_dict(state["schedule"])
     if run.log is not None:
         run.log.truncate(state["metrics_position"])
-
-
-def compile_pays(run: Run) -> bool:
-    """Whether to compile the step: as configured, or where enough steps follow to win back the time it takes."""
-    choice, device = run.config.run.compile, run.accelerator.device
-    if choice == "never" or (choice == "auto" and run.total_steps - run.step < COMPILE_PAYS_FROM[device.type]):
-        return False
-    return can_compile(device)
 
 
 # ---- the outer loop ----------------------------------------------------------------------------------------------
@@ -259,13 +234,14 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
         world=accelerator.num_processes,
         start=run.step - epoch * run.steps_per_epoch,
     )
-    saved_at = logged_at = time.monotonic()
+    before = run.seconds
+    began = saved_at = logged_at = time.monotonic()
     logged_step = run.step
     for batch in batches:
         run.step += 1
         train_step(
             run.forward,
-            augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding),
+            prepare_batch(batch, config, epoch=epoch),
             step=run.step,
             epoch=epoch,
             seed=config.run.seed,
@@ -280,29 +256,20 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
         if not run.optimizer.step_was_skipped:
             run.schedule.step()
         bar.update(config.data.batch_size)
+        run.seconds = before + time.monotonic() - began
         if run.step % config.run.log_every == 0 or run.step == run.total_steps:
             numbers, now = run.meter.read(), time.monotonic()
             numbers["images_per_second"] = (run.step - logged_step) * config.data.batch_size / (now - logged_at)
+            numbers["seconds"] = run.seconds
             numbers["lr_siren"] = float(run.schedule.get_last_lr()[0])
             logged_at, logged_step = now, run.step
             run.record(run.train.name, numbers)
             bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
-        if stop_agreed(stop, run.step, accelerator):
+        if stop.agreed(run.step, device):
             return
         if time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes and accelerator.num_processes == 1:
             run.save("last")
             saved_at = time.monotonic()
-
-
-def stop_agreed(stop: StopRequested, step: int, accelerator: Accelerator) -> bool:
-    """Whether to stop now: at once in one process; several agree every few steps, so that all stop at the same one."""
-    if accelerator.num_processes == 1:
-        return stop.signal is not None
-    if step % 8:
-        return False
-    flags: Any = accelerator.gather(torch.tensor([stop.signal or 0], device=accelerator.device))
-    stop.signal = int(flags.max()) or None
-    return stop.signal is not None
 
 
 def monitor(run: Run) -> None:
@@ -335,10 +302,11 @@ def train(run: Run, stop: StopRequested) -> int:
     ) as bar:
         for epoch in range(run.step // run.steps_per_epoch, run.config.optim.epochs):
             train_epoch(run, epoch, bar, stop)
+            run.save("last")
             whole_epoch = run.step == (epoch + 1) * run.steps_per_epoch
             if whole_epoch and run.monitored is not None and (epoch + 1) % run.config.run.monitor_every == 0:
                 monitor(run)
-            run.save("last")
+                run.save("last")  # the same step, with what the evaluation has added
             if stop.signal is not None and run.step < run.total_steps:
                 break
     if run.step == run.total_steps:
@@ -353,16 +321,6 @@ def train(run: Run, stop: StopRequested) -> int:
 
 
 # ---- what the program says ---------------------------------------------------------------------------------------
-
-
-def flat(config: ClassifyConfig) -> dict[str, Any]:
-    """The configuration as `block.key: value`, for trackers."""
-    rows: dict[str, Any] = {}
-    for block, values in dataclasses.asdict(config).items():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            name = f"{block}.{key}" if key else block
-            rows[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return rows
 
 
 def describe(run: Run, compiled: bool) -> None:
@@ -387,14 +345,13 @@ def describe(run: Run, compiled: bool) -> None:
 
 def conclude(run: Run) -> None:
     """What came of it, and what to do next."""
-    rows = [row for row in read_metrics(run.directory / "metrics.jsonl") if row["split"] == run.train.name]
+    rows = [row for row in read_metrics(run.directory / "metrics.jsonl") if "classification_loss" in row]
     if rows:
-        last = rows[-1]
-        print(f"\n{'step':>8} {'loss':>8} {'accuracy':>9} {'mse':>9}   (the last training batches)")
-        print(
-            f"{last['step']:>8} {last['classification_loss']:>8.4f} {last['accuracy']:>9.4f} "
-            f"{last['reconstruction_loss']:>9.5f}"
+        step, loss, accuracy, mse = (
+            rows[-1][key] for key in ("step", "classification_loss", "accuracy", "reconstruction_loss")
         )
+        print(f"\n{'step':>8} {'loss':>8} {'accuracy':>9} {'mse':>9}   (the last training batches)")
+        print(f"{step:>8} {loss:>8.4f} {accuracy:>9.4f} {mse:>9.5f}")
     print(f"\nEvaluate with:  python -m eval.classify --run {run.directory}")
 
 
@@ -416,7 +373,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("run.precision=fp16 needs a CUDA device; use bf16 or fp32 on the CPU.")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 products on GPUs, as mixed-precision training expects
 
     info = read_info(config.data.path)
     accelerator = Accelerator(
@@ -426,22 +382,22 @@ def main(argv: list[str] | None = None) -> int:
         project_dir=config.run.dir,
     )
     run = build(config, info, accelerator)
-    if accelerator.is_main_process:
-        open_run_directory(config, arguments)
-        run.log = MetricsLog(run.directory / "metrics.jsonl")
-    accelerator.wait_for_everyone()
-    if arguments.resume:
-        restore(run)
-    compiled = compile_pays(run)
-    if compiled:
-        run.model.compile(dynamic=False)
-    run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
-    if config.run.trackers:
-        accelerator.init_trackers("meta-weight-transformer", config=flat(config))
-    if accelerator.is_main_process:
-        describe(run, compiled)
-    with StopRequested() as stop:
-        status = train(run, stop)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            open_run_directory(config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug)
+            run.log = stack.enter_context(closing(MetricsLog(run.directory / "metrics.jsonl")))
+        accelerator.wait_for_everyone()
+        if arguments.resume:
+            restore(run)
+        compiled = compile_pays(config.run.compile, device, run.total_steps - run.step)
+        if compiled:
+            run.model.compile(dynamic=False)
+        run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+        if config.run.trackers:
+            accelerator.init_trackers("meta-weight-transformer", config=flat(config))
+        if accelerator.is_main_process:
+            describe(run, compiled)
+        status = train(run, stack.enter_context(StopRequested()))
     if config.run.trackers:
         accelerator.end_training()
     if status == 0 and accelerator.is_main_process:

@@ -1,0 +1,64 @@
+"""The beginning of a run directory: made once, refused if it is there, recognised when a run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from mwt.checkpoint import find_checkpoint
+from mwt.config import ClassifyConfig, config_yaml, load_config
+from mwt.errors import InputError
+from mwt.runtime import environment, write_json
+
+MAY_CHANGE = {
+    "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "checkpoint_minutes",
+            "eval_batch_size", "trackers"},
+    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers"},
+}  # fmt: skip
+"""What a resumed run may set otherwise; everything else would make it another run."""
+
+
+def check_same_run(stored: ClassifyConfig, config: ClassifyConfig, run: Path) -> None:
+    """Refuse to continue a run with settings that would make it another one."""
+    before, now = dataclasses.asdict(stored), dataclasses.asdict(config)
+    for block, values in now.items():
+        for key in values if isinstance(values, dict) else ():
+            if values[key] != before[block][key] and key not in MAY_CHANGE.get(block, ()):
+                raise InputError(
+                    f"{run} was started with {block}.{key}={before[block][key]}, not {values[key]}; a run is resumed "
+                    "as it was. Leave the key out, or begin a new run in another run.dir."
+                )
+
+
+def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming: bool, debug: bool) -> None:
+    """Make run.dir and write what the run is; or, resuming, check that it is this very run.
+
+    Args:
+        overrides: what was given on the command line, for the record.
+        debug: a debug run replaces an earlier debug run.
+
+    Raises:
+        InputError: run.dir exists, cannot be written, or (resuming) was started with other settings.
+    """
+    run = Path(config.run.dir)
+    if resuming:
+        find_checkpoint(run)
+        check_same_run(load_config(ClassifyConfig, run / "config.yaml"), config, run)
+        return
+    if debug and (run / ".debug").is_file():
+        shutil.rmtree(run)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise InputError(
+            f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
+            f"`python -m train.classify --resume run.dir={run}`."
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(config_yaml(config))
+        (run / "overrides.txt").write_text("".join(f"{item}\n" for item in overrides))
+        write_json(run / "env.json", environment())
+        if debug:
+            (run / ".debug").touch()
+    except OSError as error:
+        raise InputError(f"The run directory {run} cannot be written: {error.strerror}.") from error
