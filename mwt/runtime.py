@@ -100,7 +100,7 @@ class StopRequested:
         self.signal = number
 
     def agreed(self, step: int, device: torch.device) -> bool:
-        """Whether to stop after `step`: at once in one process; several ask each other every 8 steps and stop together."""
+        """Whether to stop after `step`: at once in one process; several ask each other every 8 steps."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return self.signal is not None
         if step % 8:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2f
 
-from data_pipes.augment import augment, crop_and_flip, crop_boxes, rotate_crop_flip
+from data_pipes.augment import augment, crop_and_flip, crop_boxes, rotate_crop_flip, warp_coords
+from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
+from mwt.observe import observe
 from mwt.structs import Batch
 
 module = importlib.import_module("data_pipes.augment")  # the package has a function of this name
@@ -182,3 +185,39 @@ def test_errors() -> None:
     with pytest.raises(InputError, match=r"data\.augment=crop is for images"):
         augment(points, "crop", seed=0, epoch=0)
     assert math.isclose(module.CROP_RATIO[0] * module.CROP_RATIO[1], 1)
+
+
+def test_coords_moves_the_coordinates_and_leaves_the_pixels() -> None:
+    images = torch.randint(0, 256, (5, 1, 6, 8), dtype=torch.uint8)
+    plain = Batch(images=images, labels=torch.zeros(5, dtype=torch.int64), positions=torch.arange(5))
+    moved = augment(plain, "coords", seed=0, epoch=3)
+    assert torch.equal(moved.images, images)
+    seen = observe(moved, InnerLoopConfig(), seed=0)
+    assert torch.equal(seen.coords, moved.coords)
+    regular = observe(plain, InnerLoopConfig(), seed=0)
+    assert torch.equal(seen.values, regular.values)
+    # an affine map: the same one for all pixels of an image, within the announced ranges
+    design = np.concatenate([regular.coords.numpy(), np.ones((48, 1))], 1)
+    for coords in moved.coords.numpy():
+        solution, residual, *_ = np.linalg.lstsq(design, coords, rcond=None)
+        assert residual.max() < 1e-10
+        assert np.abs(solution[2]).max() <= 0.1 + 1e-6
+        stretch = np.linalg.norm(solution[:2], axis=1)  # rows: images of the unit vectors before the rotation
+        assert (np.abs(stretch - 1) <= 0.1 + 1e-6).all()
+        degrees = np.degrees(np.arctan2(solution[0, 1], solution[0, 0]))
+        assert abs(degrees) <= 15 + 1e-4
+    half = augment(
+        Batch(images=images[3:], labels=plain.labels[3:], positions=plain.positions[3:]), "coords", seed=0, epoch=3
+    )
+    assert torch.equal(half.coords, moved.coords[3:])
+    assert not torch.equal(augment(plain, "coords", seed=0, epoch=4).coords, moved.coords)
+
+
+def test_warp_turns_by_the_given_angle() -> None:
+    turned = warp_coords(
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        angle=torch.tensor([np.pi / 2]),
+        scale=torch.ones(1, 2),
+        shift=torch.tensor([[0.0, 0.5]]),
+    )
+    assert torch.allclose(turned[0], torch.tensor([[0.0, 1.5], [-1.0, 0.5]]), atol=1e-6)

@@ -1,0 +1,124 @@
+"""Every command of the README, typed as it stands there: programs with `--debug`, data sets as tiny trees of the same
+format. The unabridged quickstart is `make test-slow`'s."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^    ((?:python -m|accelerate launch -m) (?:train|eval|data_pipes)\.[^#\n]*)", README, re.M)
+COMMANDS += re.findall(r"`((?:python -m|accelerate launch -m) (?:train|eval|data_pipes)\.[^`]*)`", README)
+IDX_SOURCES = {"mnist", "fashion_mnist"}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone to somebody who types commands: configs, tiny data, a picture."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    idx = folder / "idx"
+    idx.mkdir()
+    for part, count in (("train", 24), ("t10k", 12)):
+        write_idx(idx / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28)))
+        write_idx(idx / f"{part}-labels-idx1-ubyte.gz", np.arange(count) % 10)
+    for name in ("cat", "dog"):
+        (folder / "PICTURES" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"PICTURES/{name}/{i}.png")
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "IMAGE.png")
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "digit.png")
+    return folder
+
+
+def adapt(words: list[str]) -> list[str]:
+    """What a command needs to run here in seconds: `--debug`, data at hand. The command itself stays."""
+    module, arguments = words[0], words[1:]
+    if module == "train.classify" and not {"--list", "--print-config", "--resume"} & set(arguments):
+        arguments += [] if "--debug" in arguments else ["--debug"]
+        arguments += ["data.path=builtin:digits"]
+    if module == "data_pipes.prepare" and arguments[0] in IDX_SOURCES:
+        arguments = [*(word for word in arguments if "datasets" not in word and word != "--src"), "--src", "idx"]
+    if module == "eval.reconstruct":
+        arguments += ["--count", "2"]
+    return [module, *arguments]
+
+
+def run_here(words: list[str]) -> int:
+    module = importlib.import_module(f"{words[0]}.__main__" if words[0] == "data_pipes.prepare" else words[0])
+    return module.main(words[1:]) or 0
+
+
+def test_the_readme_has_commands_for_every_program() -> None:
+    programs = {shlex.split(command)[-1 if " -m" not in command else command.split().index("-m") + 1] for command in COMMANDS}
+    assert {"train.classify", "eval.classify", "eval.predict", "eval.reconstruct", "eval.report"} <= programs
+    assert {"data_pipes.prepare", "data_pipes.verify"} <= programs
+
+
+def test_every_command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(workplace)
+    done = set()
+    for command in COMMANDS:
+        words = shlex.split(command)
+        words = words[words.index("-m") + 1 :]
+        if "cifar10" in words:  # torchvision wants the real files; test_data_prepare has them in their format
+            continue
+        if words[0] == "train.classify" and f"{words}" in done:
+            continue
+        done.add(f"{words}")
+        assert run_here(adapt(words)) == 0, command
+    capsys.readouterr()
+    assert json.loads(Path("runs/first/eval/classify.json").read_text())["count"] == 16
+    assert Path("runs/first/report.html").is_file()
+    assert Path("data/mine/dataset.json").is_file()
+
+
+def test_the_python_example(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(workplace)
+    [example] = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    label, probability, psnr = capsys.readouterr().out.split()
+    assert label in "0123456789"
+    assert 0.1 <= float(probability) <= 1
+    assert float(psnr) > 5
+
+
+def test_paths_in_the_readme_exist() -> None:
+    for path in set(re.findall(r"`((?:mwt|train|eval|data_pipes|configs|benchmarks)/[\w./]+)`", README)):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_quickstart_unabridged(tmp_path: Path) -> None:
+    """What `make quickstart` runs after installing: reaches what the README says."""
+    run = tmp_path / "run"
+    steps = [
+        ["train.classify", "--config", "configs/classify/digits.yaml", f"run.dir={run}"],
+        ["eval.classify", "--run", str(run)],
+        ["eval.reconstruct", "--run", str(run)],
+        ["eval.report", "--run", str(run)],
+    ]
+    for step in steps:
+        subprocess.run([sys.executable, "-m", *step], cwd=ROOT, check=True)
+    numbers = json.loads((run / "eval" / "classify.json").read_text())
+    assert numbers["accuracy"] >= 0.97
+    assert numbers["psnr"] >= 30
+    assert (run / "report.html").is_file()
