@@ -17,7 +17,7 @@ help: ## this list
 quickstart: .venv/installed ## train on the embedded digits, evaluate, write the report (minutes)
 	@if [ -f runs/quickstart/checkpoints/last.json ]; then \
 		echo "runs/quickstart is there: going on with it if it is unfinished, then evaluating. Anew: make quickstart-again"; \
-		$(PY) -m train.classify --resume run.dir=runs/quickstart; \
+		$(PY) -m train.classify --config configs/classify/digits.yaml --resume run.dir=runs/quickstart; \
 	else \
 		rm -rf runs/quickstart; \
 		$(PY) -m train.classify --config configs/classify/digits.yaml run.dir=runs/quickstart; \

@@ -18,6 +18,7 @@ from data_pipes.decode import POINT_DIMS, decode_sample
 from data_pipes.parallel import ordered_map, prefetch
 from data_pipes.schema import DatasetInfo, read_info
 from data_pipes.shards import iterate_shard
+from mwt.config import DataConfig
 from mwt.errors import InputError
 from mwt.rng import derived_seed, permutation
 from mwt.structs import Batch, SignalFacts
@@ -262,3 +263,10 @@ def open_split(
     if len(streaming) * first.nbytes > resident_mb * 2**20:
         return streaming
     return ResidentSplit(info, split, device=device, workers=workers, limit=limit)
+
+
+def open_configured(data: DataConfig, split: str, device: torch.device) -> Split:
+    """`open_split` with everything that a configuration says about reading."""
+    return open_split(
+        data.path, split, device=device, resident_mb=data.resident_mb, workers=data.workers, limit=data.limit
+    )

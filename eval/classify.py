@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_pipes.read import open_split
+from data_pipes.read import open_configured
 from mwt.inspection import CURVE_SAMPLES, check_data_fits, evaluate_run, open_trained, save_evaluation
 from mwt.runtime import keep_freed_memory, run_program
 from mwt.structs import Batch
@@ -44,10 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     run = open_trained(arguments.run, checkpoint=arguments.checkpoint, overrides=arguments.overrides)
     data = run.config.data
-    split = open_split(
-        data.path, arguments.split or data.test_split, device=run.device, resident_mb=data.resident_mb,
-        workers=data.workers, limit=data.limit,
-    )  # fmt: skip
+    split = open_configured(data, arguments.split or data.test_split, run.device)
     check_data_fits(run.model, split.facts, data.path)
 
     def batches(what: str) -> Iterator[Batch]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipes.read import open_split
+from data_pipes.read import open_configured
 from mwt.errors import InputError
 from mwt.inspection import TrainedRun, check_data_fits, open_trained, render, select, trajectory
 from mwt.plots import film_strip, frame_zoom, png_bytes, sheet, to_pixels
@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     data, signal = run.config.data, run.model.config.signal
     if signal.kind != "image":
         raise InputError(f"Pictures are for images; the model of {run.path} fits {signal.kind}, which have no pixels.")
-    split = open_split(
-        data.path, arguments.split or data.test_split, device=run.device, resident_mb=data.resident_mb,
-        workers=data.workers, limit=data.limit,
-    )  # fmt: skip
+    split = open_configured(data, arguments.split or data.test_split, run.device)
     check_data_fits(run.model, split.facts, data.path)
     count = min(arguments.count, len(split))
     # Shuffled, for a split is often sorted by class; always the same ones.

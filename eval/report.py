@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipes.read import Split, open_split
+from data_pipes.read import Split, open_configured
 from mwt import inspection, plots
 from mwt.config import config_yaml
 from mwt.page import STYLE, chart, charts, folded, frame, percent, pixels, section, table
@@ -74,22 +74,12 @@ def headline(m: Material, metrics: list[dict[str, Any]]) -> str:
     cards.append(("calibration error", f"{m.numbers['ece']:.3f}"))
     cards.append(("parameters, SIREN + learned rates", f"{counts['siren'] + counts['alpha']:,}"))
     cards.append(("parameters, reader", f"{counts['reader']:,}"))
-    seconds = training_seconds(m, metrics)
+    seconds = max((row.get("seconds", 0.0) for row in metrics), default=0.0)
     if seconds:
         cards.append(
-            ("training, from the logged rates", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min")
+            ("training", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min")
         )
     return '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in cards) + "</div>"
-
-
-def training_seconds(m: Material, metrics: list[dict[str, Any]]) -> float:
-    """Time spent in training steps, up to the last logged one; 0 where it is not known."""
-    seconds, before = 0.0, 0
-    for row in metrics:
-        if row.get("images_per_second"):
-            seconds += (row["step"] - before) * m.run.config.data.batch_size / row["images_per_second"]
-            before = row["step"]
-    return seconds
 
 
 def training(m: Material, metrics: list[dict[str, Any]]) -> str:
@@ -336,10 +326,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def gather(run: inspection.TrainedRun) -> Material:
     """The run's test split with its evaluation: the stored one if it is of this checkpoint, else a new one."""
     data = run.config.data
-    split = open_split(
-        data.path, data.test_split, device=run.device, resident_mb=data.resident_mb, workers=data.workers,
-        limit=data.limit,
-    )  # fmt: skip
+    split = open_configured(data, data.test_split, run.device)
     inspection.check_data_fits(run.model, split.facts, data.path)
     stored = inspection.load_evaluation(run, split.name, len(split))
     if stored is None:

@@ -100,6 +100,7 @@ def save_checkpoint(
             write_json(temporary / "state.json", state)
             for file in temporary.iterdir():
                 _sync(file)
+            _sync(temporary)
             os.replace(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -109,6 +110,7 @@ def save_checkpoint(
             raise
         _sync(folder)
     write_json(folder / f"{name}.json", {"folder": final.name})
+    _sync(folder)  # the pointer lasts before what it pointed at goes
     _remove_unused(folder)
     return final
 

@@ -25,6 +25,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""What `run.trackers` may name, beside the metrics.jsonl that is always written."""
+
+
 def list_variants() -> list[str]:
     """Names of the published models that `variant=` selects."""
     return list(VARIANTS)
@@ -187,10 +191,12 @@ class RunConfig:
     """A checkpoint is written at the end of every epoch and after so many minutes within one."""
     eval_batch_size: int = 256
     trackers: tuple[str, ...] = ()
-    """Further trackers of accelerate: tensorboard, wandb, trackio. metrics.jsonl is always written."""
+    """Further trackers of accelerate, of TRACKERS. metrics.jsonl is always written."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trackers", tuple(self.trackers))
+        object.__setattr__(self, "trackers", tuple(self.trackers))  # YAML brings a list
+        unknown = set(self.trackers) - set(TRACKERS)
+        _require(not unknown, f"run.trackers: {', '.join(unknown)} not known; there are {', '.join(TRACKERS)}.")
         _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
         _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
         for name in ("log_every", "monitor_every", "eval_batch_size"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -50,10 +51,22 @@ class TrainedRun:
     config: ClassifyConfig
     model: MetaWeightTransformer
     device: torch.device
+    other_data: bool = False
+    """Whether the data is not that of the run: another path, or a part of it."""
 
-    def files(self, split: str) -> tuple[Path, Path]:
-        """Where the evaluation of a split lies: its JSON, and its predictions."""
-        suffix = "" if split == self.config.data.test_split else f"_{split}"
+    def files(self, split: str, steps: int) -> tuple[Path, Path]:
+        """Where an evaluation lies: its JSON, and its predictions.
+
+        The plain names are for the test split as trained; whatever differs is in the name, so that it overwrites
+        nothing.
+        """
+        differs = {
+            split: split != self.config.data.test_split,
+            self.checkpoint: self.checkpoint != "last",
+            f"steps{steps}": steps != self.model.config.inner_loop.steps,
+            "other_data": self.other_data,
+        }
+        suffix = "".join(f"_{name}" for name, does in differs.items() if does)
         return self.path / "eval" / f"classify{suffix}.json", self.path / "eval" / f"predictions{suffix}.npz"
 
 
@@ -81,7 +94,10 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
     model = load_model(folder, device)
     model.tune_for(device)
     step = int(folder.name.rpartition("-")[2])
-    return TrainedRun(path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device)
+    other_data = any(item.startswith(("data.path=", "data.limit=")) for item in overrides)
+    return TrainedRun(
+        path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device, other_data=other_data
+    )
 
 
 def check_data_fits(model: MetaWeightTransformer, facts: SignalFacts, path: str | Path) -> None:
@@ -185,7 +201,7 @@ def samples_at(batches: Iterable[Batch], positions: list[int]) -> list[Batch]:
 
 def save_evaluation(run: TrainedRun, document: dict[str, Any], result: Evaluation) -> tuple[Path, Path]:
     """Write the numbers and the predictions of a split into the run directory; both files are whole or not there."""
-    numbers, predictions = run.files(document["split"])
+    numbers, predictions = run.files(document["split"], document["inner_steps"])
     numbers.parent.mkdir(exist_ok=True)
     columns = {
         "position": result.positions, "label": result.labels, "predicted": result.predicted,
@@ -207,12 +223,12 @@ def save_evaluation(run: TrainedRun, document: dict[str, Any], result: Evaluatio
 
 def load_evaluation(run: TrainedRun, split: str, count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """The stored evaluation of a split, if of this checkpoint, all `count` samples, trained steps, and with a curve."""
-    numbers, predictions = run.files(split)
+    numbers, predictions = run.files(split, run.model.config.inner_loop.steps)
     try:
         document = json.loads(numbers.read_text())
         with np.load(predictions, allow_pickle=False) as archive:
             columns = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, BadZipFile):  # not there, or damaged: it is made anew
         return None
     expected = {
         "step": run.step, "checkpoint": run.checkpoint, "split": split, "count": count,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -55,13 +57,37 @@ def choose_device(name: str) -> torch.device:
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile can work here; where it cannot, one warning says what is missing."""
     missing = []
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        missing.append("a C++ compiler (Debian: apt install g++)")
+    compilers = ("CXX", "g++", "clang++") if device.type == "cpu" else ("CC", "gcc", "clang")  # Inductor's; Triton's
+    if not (os.environ.get(compilers[0]) or any(map(shutil.which, compilers[1:]))):
+        missing.append("a C++ compiler (Debian: apt install g++)" if device.type == "cpu" else "a C compiler (gcc)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing.append("Python's headers (Debian: apt install python3-dev)")
     if missing:
         warnings.warn(f"torch.compile needs {' and '.join(missing)}; going on without it, slower.", stacklevel=2)
     return not missing
+
+
+ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""What accelerate calls our precisions."""
+
+
+def check_trackers(trackers: tuple[str, ...]) -> None:
+    """Refuse trackers that are not installed; the message says how to get them."""
+    for name in trackers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"run.trackers names {name}, which is not installed: pip install -e '.[{name}]'.")
+
+
+def check_launcher(precision: str) -> None:
+    """The configuration owns what accelerate's launcher could also set: a contradiction is refused, not resolved."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", ACCELERATE_PRECISION[precision]):
+        raise InputError(
+            f"accelerate was launched with mixed precision {launched!r}, but run.precision is "
+            f"{precision!r}; set run.precision, and leave the launcher's at 'no'."
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise InputError("Gradient accumulation is not supported; launch with gradient_accumulation_steps 1.")
 
 
 COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}
@@ -76,13 +102,14 @@ def compile_pays(choice: str, device: torch.device, steps: int) -> bool:
 
 
 class StopRequested:
-    """Turns the first SIGINT or SIGTERM into a flag, so that a program can save before it ends; a second one ends it.
+    """Turns SIGINT and SIGTERM into a flag, so that a program can save before it ends; a later second SIGINT ends it.
 
     Use as a context manager; `signal` is the number that arrived, or None.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequested:
@@ -95,20 +122,26 @@ class StopRequested:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        impatient = number == signal.SIGINT == self.signal and time.monotonic() - self._since > 1
+        if impatient:  # launchers repeat a signal in another form at once; a person presses Ctrl-C again
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
 
-    def agreed(self, step: int, device: torch.device) -> bool:
-        """Whether to stop after `step`: at once in one process; several ask each other every 8 steps."""
+    def vote(self, step: int, device: torch.device, *, save: bool = False) -> tuple[bool, bool]:
+        """Whether to stop after `step`, and whether to save: together, if one of several processes wants to.
+
+        One process decides at once; several ask each other at every eighth step, so that all do the same.
+        """
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return self.signal is not None
+            return self.signal is not None, save
         if step % 8:
-            return False
-        flag = torch.tensor([self.signal or 0], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        self.signal = int(flag) or None
-        return self.signal is not None
+            return False, False
+        flags = torch.tensor([self.signal or 0, int(save)], device=device)
+        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        number, save = int(flags[0]), bool(flags[1])
+        self.signal = number or None
+        return self.signal is not None, save
 
     @property
     def exit_status(self) -> int:
@@ -147,10 +180,11 @@ def environment() -> dict[str, Any]:
     import mwt
 
     source = Path(mwt.__file__).parent
+    ours = _git(source, "ls-files", "--error-unmatch", "__init__.py")  # not some project's that has us installed
     names = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "meta-weight-transformer")
     return {
-        "commit": _git(source, "rev-parse", "HEAD"),
-        "modified": bool(_git(source, "status", "--porcelain", "--untracked-files=no")),
+        "commit": _git(source, "rev-parse", "HEAD") if ours else None,
+        "modified": bool(_git(source, "status", "--porcelain", "--untracked-files=no")) if ours else None,
         "source": str(source),
         "python": platform.python_version(),
         "platform": platform.platform(),

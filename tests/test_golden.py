@@ -30,17 +30,24 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
+def inner_loop(config: dict) -> InnerLoopConfig:
+    """How the vector was fitted; `fraction` or `points` may be null."""
+    return InnerLoopConfig(
+        steps=config["trained_steps"],
+        shared_alpha=config["shared_alpha"],
+        fraction=1.0 if config["fraction"] is None else float(config["fraction"]),
+        points=config["points"],
+    )
+
+
 def build(config: dict, vector: dict[str, Tensor]) -> MetaWeightTransformer:
     image = vector.get("image")
     model = MetaWeightTransformer(
         ModelConfig(
-            siren=SirenConfig(hidden=config["hidden"], hidden_layers=config["hidden_layers"], omega=float(config["omega"])),
-            inner_loop=InnerLoopConfig(
-                steps=config["trained_steps"],
-                shared_alpha=config["shared_alpha"],
-                fraction=1.0 if config["fraction"] is None else float(config["fraction"]),
-                points=config["points"],
+            siren=SirenConfig(
+                hidden=config["hidden"], hidden_layers=config["hidden_layers"], omega=float(config["omega"])
             ),
+            inner_loop=inner_loop(config),
             reader=ReaderConfig(
                 token_scale=float(config["token_scale"]),
                 blocks=config["blocks"],
@@ -66,15 +73,19 @@ def ours(name: str) -> str:
 
 
 def observations(config: dict, vector: dict[str, Tensor], *, shared_grid: bool = False) -> Observations:
+    draws = (config["batch"], config["inner_steps"] + 1)
     if "coords" in vector:
+        points = config["points"] or vector["coords"].shape[2]
+        assert vector["coords"].shape == (*draws, points, config["coordinate_dims"])
+        assert vector["values"].shape == (*draws, points, config["channels"])
         return Observations(coords=vector["coords"], values=vector["values"])
     image = vector["image"]
+    assert image.shape[:2] == (config["batch"], config["channels"])
     values = image.flatten(2).mT
     coords = grid(*image.shape[-2:], dtype=torch.float64)
     if shared_grid:
         return Observations(coords=coords, values=values)
-    inner = InnerLoopConfig(steps=config["inner_steps"], fraction=float(config["fraction"]))
-    assert vector["index"].shape == (len(image), config["inner_steps"] + 1, points_per_step(inner, len(coords)))
+    assert vector["index"].shape == (*draws, points_per_step(inner_loop(config), len(coords)))
     return Observations(coords=coords, values=values, index=vector["index"])
 
 

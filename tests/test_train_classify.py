@@ -25,7 +25,7 @@ from mwt.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data_pipes" / "builtin" / "digits"
-TIMING = {"images_per_second"}
+TIMING = {"images_per_second", "seconds"}
 # 5 steps an epoch, two epochs; random subsets of 16 points; the test split stands in for a monitored one.
 LONGER = ("data.limit=40", "optim.epochs=2", "data.monitor_split=test")
 
@@ -226,12 +226,12 @@ def environment() -> dict[str, str]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def agreed(stop: Any, step: int, accelerator: Any) -> bool:
+    def vote(stop: Any, step: int, device: Any, *, save: bool = False) -> tuple[bool, bool]:
         if step == number:
             stop.signal = signal.SIGTERM
-        return stop.signal is not None
+        return stop.signal is not None, save
 
-    monkeypatch.setattr(program, "stop_agreed", agreed)
+    monkeypatch.setattr(program.StopRequested, "vote", vote)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,7 @@ def with_validation_split(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("minutes", [5.0, 0.0], ids=["at ends of epochs", "after every step"])
+@pytest.mark.parametrize("minutes", [5.0, 1e-9], ids=["at ends of epochs", "after every step"])
 def test_best_is_the_best_of_the_validation_split_and_the_state_knows_it(tmp_path: Path, minutes: float) -> None:
     data, run = with_validation_split(tmp_path / "data"), tmp_path / "run"
     assert debug(run, f"data.path={data}", "data.limit=40", "optim.epochs=3", f"run.checkpoint_minutes={minutes}") == 0
@@ -397,3 +397,25 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             assert theirs[key] == (pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value), key
+
+
+def test_tensorboard_is_written_beside_metrics_jsonl(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    assert debug(run, "run.trackers=[tensorboard]") == 0
+    assert len(rows(run)) == 2
+    assert list(run.glob("**/events.out.tfevents.*"))
+
+
+def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run.trackers: clearml not known; there are tensorboard"):
+        debug(tmp_path / "run", "run.trackers=[clearml]")
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -e '\.\[wandb\]'"):
+        debug(tmp_path / "run", "run.trackers=[wandb]")
+    assert not (tmp_path / "run").exists()

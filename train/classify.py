@@ -11,7 +11,6 @@ python -m train.classify --resume run.dir=runs/NAME               go on where an
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -24,8 +23,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data_pipes.augment import augment
-from data_pipes.read import Split, open_split
+from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
+from mwt import runtime
 from mwt.checkpoint import find_checkpoint, resume, save_checkpoint
 from mwt.config import DEBUG, ClassifyConfig, config_yaml, flat, list_configs, load_config, model_config
 from mwt.errors import InputError
@@ -35,13 +35,12 @@ from mwt.observe import observe
 from mwt.optim import make_optimizer, make_schedule
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
-from mwt.runtime import StopRequested, choose_device, compile_pays, keep_freed_memory, run_program
+from mwt.runtime import StopRequested, keep_freed_memory, run_program
 from mwt.structs import Batch
 from mwt.tracking import MetricsLog, read_metrics
 from mwt.training import Meter, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classify"
-PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours to accelerate's
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------
@@ -69,18 +68,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ClassifyConfig]:
     return arguments, load_config(ClassifyConfig, path, overrides)
 
 
-def check_launcher(config: ClassifyConfig) -> None:
-    """The configuration owns what accelerate's launcher could also set: a contradiction is refused, not resolved."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", PRECISION[config.run.precision]):
-        raise InputError(
-            f"accelerate was launched with mixed precision {launched!r}, but run.precision is "
-            f"{config.run.precision!r}; set run.precision, and leave the launcher's at 'no'."
-        )
-    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise InputError("Gradient accumulation is not supported; launch with gradient_accumulation_steps 1.")
-
-
 # ---- what a run is made of ---------------------------------------------------------------------------------------
 
 
@@ -102,6 +89,8 @@ class Run:
     steps_per_epoch: int
     step: int = 0
     best: float = -1.0
+    monitored_step: int = 0
+    """The step of the last evaluation."""
     seconds: float = 0.0
     """Time spent training, over all resumptions."""
     log: MetricsLog | None = None
@@ -129,6 +118,7 @@ class Run:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "best": self.best,
+                "monitored_step": self.monitored_step,
                 "seconds": self.seconds,
                 "meter": meter,
                 "schedule": self.schedule.state_dict(),
@@ -152,20 +142,14 @@ def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerato
         raise InputError(
             f"data.batch_size is {data.batch_size}, which {world} processes cannot share evenly; choose a multiple."
         )
-    reading: dict[str, Any] = {
-        "device": accelerator.device,
-        "resident_mb": data.resident_mb,
-        "workers": data.workers,
-        "limit": data.limit,
-    }
-    train = open_split(data.path, data.train_split, **reading)
+    train = open_configured(data, data.train_split, accelerator.device)
     if train.steps(data.batch_size // world, drop_last=True, world=world) == 0:
         raise InputError(
             f"The split {train.name!r} has {len(train)} samples, fewer than one batch of {data.batch_size}; "
             "choose a smaller data.batch_size."
         )
     monitored = data.monitor_split or ("val" if "val" in info.splits else None)
-    return train, open_split(data.path, monitored, **reading) if monitored else None
+    return train, open_configured(data, monitored, accelerator.device) if monitored else None
 
 
 def prepare_batch(batch: Batch, config: ClassifyConfig, *, epoch: int) -> Batch:
@@ -209,7 +193,8 @@ def restore(run: Run) -> None:
             f"{run.directory} was to train for {state['total_steps']} steps, this configuration asks for "
             f"{run.total_steps}; the schedule cannot be continued. Keep optim.epochs, data.batch_size and the data."
         )
-    run.step, run.best, run.seconds = state["step"], state["best"], state["seconds"]
+    for name in ("step", "best", "seconds", "monitored_step"):
+        setattr(run, name, state[name])
     run.meter.load_state(state["meter"])
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -265,26 +250,33 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
             logged_at, logged_step = now, run.step
             run.record(run.train.name, numbers)
             bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
-        if stop.agreed(run.step, device):
+        due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
+        stopping, saving = stop.vote(run.step, device, save=due)
+        if stopping:
             return
-        if time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes and accelerator.num_processes == 1:
+        if saving:
             run.save("last")
             saved_at = time.monotonic()
 
 
 def monitor(run: Run) -> None:
-    """Evaluate the monitored split, each process its share, and keep the best model where that is allowed."""
-    assert run.monitored is not None
+    """After an epoch that asks for it, evaluate the monitored split, and keep the best model where that is allowed."""
+    epochs, rest = divmod(run.step, run.steps_per_epoch)
+    due = run.step and not rest and epochs % run.config.run.monitor_every == 0 and run.monitored_step != run.step
+    if run.monitored is None or not due:
+        return
     batches = run.monitored.batches(
         batch_size=run.config.run.eval_batch_size,
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
     )
     summary = evaluate(run.model, batches, precision=run.config.run.precision, whole_signal=False).summary()
+    run.monitored_step = run.step
     run.record(run.monitored.name, {key: value for key, value in summary.items() if isinstance(value, float)})
     if run.may_choose and summary["accuracy"] > run.best:
         run.best = summary["accuracy"]
         run.save("best")
+    run.save("last")  # the same step, with what the evaluation has added
 
 
 def train(run: Run, stop: StopRequested) -> int:
@@ -300,14 +292,12 @@ def train(run: Run, stop: StopRequested) -> int:
         smoothing=0.05,
         mininterval=0.5,
     ) as bar:
+        monitor(run)  # where a run died between an epoch's end and its evaluation
         for epoch in range(run.step // run.steps_per_epoch, run.config.optim.epochs):
             train_epoch(run, epoch, bar, stop)
             run.save("last")
-            whole_epoch = run.step == (epoch + 1) * run.steps_per_epoch
-            if whole_epoch and run.monitored is not None and (epoch + 1) % run.config.run.monitor_every == 0:
-                monitor(run)
-                run.save("last")  # the same step, with what the evaluation has added
-            if stop.signal is not None and run.step < run.total_steps:
+            monitor(run)
+            if stop.vote(0, run.accelerator.device)[0]:
                 break
     if run.step == run.total_steps:
         return 0
@@ -367,8 +357,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     keep_freed_memory()
-    check_launcher(config)
-    device = choose_device(config.run.device)
+    runtime.check_launcher(config.run.precision)
+    runtime.check_trackers(config.run.trackers)
+    device = runtime.choose_device(config.run.device)
     if config.run.precision == "fp16" and device.type == "cpu":
         raise InputError("run.precision=fp16 needs a CUDA device; use bf16 or fp32 on the CPU.")
     if config.run.threads:
@@ -377,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     info = read_info(config.data.path)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=PRECISION[config.run.precision],
+        mixed_precision=runtime.ACCELERATE_PRECISION[config.run.precision],
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.dir,
     )
@@ -389,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.wait_for_everyone()
         if arguments.resume:
             restore(run)
-        compiled = compile_pays(config.run.compile, device, run.total_steps - run.step)
+        compiled = runtime.compile_pays(config.run.compile, device, run.total_steps)
         if compiled:
             run.model.compile(dynamic=False)
         run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
