@@ -76,9 +76,7 @@ def headline(m: Material, metrics: list[dict[str, Any]]) -> str:
     cards.append(("parameters, reader", f"{counts['reader']:,}"))
     seconds = max((row.get("seconds", 0.0) for row in metrics), default=0.0)
     if seconds:
-        cards.append(
-            ("training", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min")
-        )
+        cards.append(("training", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"))
     return '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in cards) + "</div>"
 
 

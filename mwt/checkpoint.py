@@ -156,7 +156,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> MetaWeightTr
             raise InputError(f"{folder} holds no model: {file} is missing.")
     try:
         return MetaWeightTransformer.from_pretrained(folder, map_location="cpu").to(device)
-    except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
@@ -181,7 +181,7 @@ def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim
     return state
 
 
-def _check_architecture(saved: dict[str, Any], model: MetaWeightTransformer, folder: Path) -> None:
+def _check_architecture(saved: Any, model: MetaWeightTransformer, folder: Path) -> None:
     ours = dataclasses.asdict(model.config)
     try:
         stored = dataclasses.asdict(type(model.config).from_dict(saved))

@@ -6,7 +6,7 @@ the values that make a published model (`VARIANTS`) at the level where it is nam
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -72,12 +72,21 @@ class InnerLoopConfig:
     """s, the share of points that each step sees: max(1, floor(s * N)) fresh ones per signal, without replacement."""
     points: int | None = None
     """The same as a count; takes precedence over `fraction`."""
+    eval_fraction: float | None = None
+    """s when evaluating and predicting; null: as in training, as the paper does. More points make a better fit."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")
         _require(self.alpha_min <= self.alpha_max, "inner_loop.alpha_min is larger than inner_loop.alpha_max.")
         _require(0 < self.fraction <= 1, f"inner_loop.fraction is {self.fraction}; it must lie in (0, 1].")
         _require(self.points is None or self.points >= 1, "inner_loop.points must be at least 1, or null.")
+        _require(
+            self.eval_fraction is None or 0 < self.eval_fraction <= 1, "inner_loop.eval_fraction must lie in (0, 1]."
+        )
+
+    def for_evaluation(self) -> InnerLoopConfig:
+        """The same with the points that evaluation uses."""
+        return self if self.eval_fraction is None else replace(self, fraction=self.eval_fraction, points=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    config = model.config.inner_loop
+    config = model.config.inner_loop.for_evaluation()
     rows: list[tuple[Tensor, ...]] = []
     for batch in batches:
         with autocast(batch.labels.device, precision):

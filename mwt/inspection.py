@@ -31,6 +31,7 @@ from mwt.runtime import choose_device, write_json
 from mwt.structs import Batch, SignalFacts
 from mwt.tokens import tokens
 
+EVAL_FRACTION = "inner_loop.eval_fraction"
 CURVE_SAMPLES = 2000
 """Samples on which the curve over inner steps is measured unless all are asked for: it costs S / 2 evaluations."""
 OFFSET_NUMBERS = 1 << 27
@@ -51,8 +52,8 @@ class TrainedRun:
     config: ClassifyConfig
     model: MetaWeightTransformer
     device: torch.device
-    other_data: bool = False
-    """Whether the data is not that of the run: another path, or a part of it."""
+    altered: bool = False
+    """Whether it looks at something else than the run says: other data, a part of it, or other points."""
 
     def files(self, split: str, steps: int) -> tuple[Path, Path]:
         """Where an evaluation lies: its JSON, and its predictions.
@@ -64,7 +65,7 @@ class TrainedRun:
             split: split != self.config.data.test_split,
             self.checkpoint: self.checkpoint != "last",
             f"steps{steps}": steps != self.model.config.inner_loop.steps,
-            "other_data": self.other_data,
+            "altered": self.altered,
         }
         suffix = "".join(f"_{name}" for name, does in differs.items() if does)
         return self.path / "eval" / f"classify{suffix}.json", self.path / "eval" / f"predictions{suffix}.npz"
@@ -80,10 +81,10 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
     folder = find_checkpoint(run, checkpoint)
     for item in overrides:
         key = item.split("=", 1)[0]
-        if "=" in item and not key.startswith(("data.", "run.")):
+        if "=" in item and not key.startswith(("data.", "run.")) and key != EVAL_FRACTION:
             raise InputError(
-                f"{key} cannot be changed here: the model of {run} is trained already. Only data.* and run.* can be "
-                "overridden, such as data.path, data.limit, run.device, run.precision and run.eval_batch_size."
+                f"{key} cannot be changed here: the model of {run} is trained already. Only data.*, run.* and "
+                f"{EVAL_FRACTION} can be overridden, such as data.path, data.limit, run.device and run.precision."
             )
     config = load_config(ClassifyConfig, run / "config.yaml", ["run.device=auto", *overrides])
     device = choose_device(config.run.device)
@@ -94,9 +95,12 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
     model = load_model(folder, device)
     model.tune_for(device)
     step = int(folder.name.rpartition("-")[2])
-    other_data = any(item.startswith(("data.path=", "data.limit=")) for item in overrides)
+    if any(item.startswith(EVAL_FRACTION) for item in overrides):
+        inner = replace(model.config.inner_loop, eval_fraction=config.inner_loop.eval_fraction)
+        model.config = replace(model.config, inner_loop=inner)
+    altered = any(item.startswith(("data.path=", "data.limit=", EVAL_FRACTION)) for item in overrides)
     return TrainedRun(
-        path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device, other_data=other_data
+        path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device, altered=altered
     )
 
 
@@ -252,7 +256,7 @@ def trajectory(
     if batch.images is None:
         raise InputError("Pictures are for images; this data holds points of shapes, which have no pixels to draw.")
     with autocast(batch.labels.device, precision):
-        seen = observe(batch, model.config.inner_loop, seed=0, purpose="evaluate")
+        seen = observe(batch, model.config.inner_loop.for_evaluation(), seed=0, purpose="evaluate")
         stages = [model.siren.init_offsets(len(batch))]
         for step in range(1, model.config.inner_loop.steps + 1):
             stages.append(fit(model.siren, model.alpha, seen, steps=step).offsets.float())
@@ -281,7 +285,7 @@ def collect_offsets(
     rows = []
     for batch in first_samples(batches, min(count, max(2, OFFSET_NUMBERS // model.siren.adapted_size))):
         with autocast(batch.labels.device, precision):
-            seen = observe(batch, model.config.inner_loop, seed=0, purpose="evaluate")
+            seen = observe(batch, model.config.inner_loop.for_evaluation(), seed=0, purpose="evaluate")
             offsets = fit(model.siren, model.alpha, seen, steps=model.config.inner_loop.steps).offsets
         rows.append((offsets.float().cpu(), batch.labels.cpu(), batch.positions.cpu()))
     offsets, labels, positions = (torch.cat(column) for column in zip(*rows, strict=True))

@@ -142,7 +142,7 @@ class MetaWeightTransformer(
             images = images[None]
         nought = torch.zeros(len(images), dtype=torch.int64, device=device)  # no image's result depends on its place
         batch = Batch(images=images.to(device), labels=nought, positions=nought)
-        output = self.fit_and_read(observe(batch, self.config.inner_loop, seed=0, purpose="evaluate"))
+        output = self.fit_and_read(observe(batch, self.config.inner_loop.for_evaluation(), seed=0, purpose="evaluate"))
         everything = whole(batch)
         quality = psnr(self.siren(output.fit.offsets, everything.coords), everything.values)
         names = self.config.signal.classes

@@ -70,7 +70,7 @@ class Meter:
             sums /= torch.distributed.get_world_size()
         return {"sums": sums.tolist(), "steps": self._steps}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from the sums of a checkpoint."""
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._steps = state["steps"]

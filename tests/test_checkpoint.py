@@ -244,18 +244,3 @@ def test_nothing_is_unpickled() -> None:
         if pattern.search(line.split("#")[0]) and not line.strip().startswith(('"', "#", "*", ":"))
     }
     assert found == allowed
-
-
-def test_old_rates_do_not_survive_a_changed_configuration(run: Path) -> None:
-    """The advice after a loss that is not finite is to lower the rate and resume: that must take effect."""
-    model, optimizer = build()
-    step(model, optimizer)
-    folder = save(run, 1, model, optimizer)
-    other, _ = build()
-    lowered = make_optimizer(other, OptimConfig(lr_siren=1e-6))
-    try:
-        resume(folder, model=other, optimizer=lowered)
-    except InputError as error:
-        assert "lr_siren" in str(error)  # noqa: PT017
-    else:
-        assert lowered.param_groups[0]["lr"] == 1e-6

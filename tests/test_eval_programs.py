@@ -76,7 +76,12 @@ def train(run: Path, data: Path, facts: SignalFacts, *overrides: str, updates: i
         losses = outer_losses(model(observe(batch, config.inner_loop, seed=0)), batch.labels)
         losses.total.backward()
         optimizer.step()
-        numbers = {"classification_loss": losses.classification.item(), "accuracy": 0.5, "images_per_second": 16.0}
+        numbers = {
+            "classification_loss": losses.classification.item(),
+            "accuracy": 0.5,
+            "images_per_second": 16.0,
+            "seconds": float(step),
+        }
         numbers["reconstruction_loss"] = losses.reconstruction.item()
         log.write(step=step, epoch=float(step), split="train", **numbers)
     log.close()
@@ -228,15 +233,15 @@ def test_another_split_gets_its_own_files(run: Path) -> None:
 
 
 def test_overrides_of_data_and_run(run: Path) -> None:
-    numbers, _ = evaluated(run, "data.limit=5", "run.precision=bf16", "run.device=cpu")
+    numbers, _ = evaluated(run, "data.limit=5", "run.precision=bf16", "run.device=cpu", name="classify_altered")
     assert (numbers["count"], numbers["precision"], numbers["device"]) == (5, "bf16", "cpu")
 
 
 def test_more_inner_steps_with_shared_rates(subset_run: Path) -> None:
-    numbers, _ = evaluated(subset_run, "--steps", str(STEPS + 2))
+    numbers, _ = evaluated(subset_run, "--steps", str(STEPS + 2), name=f"classify_steps{STEPS + 2}")
     assert numbers["inner_steps"] == STEPS + 2
     assert len(numbers["curve"]) == STEPS + 2
-    fewer, _ = evaluated(subset_run, "--steps", "1")
+    fewer, _ = evaluated(subset_run, "--steps", "1", name="classify_steps1")
     assert fewer["accuracy"] == numbers["curve"][0]["accuracy"]
     assert fewer["psnr"] == pytest.approx(numbers["curve"][0]["psnr"], abs=1e-4)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -147,3 +149,15 @@ def test_lower_precision_gives_float32_results_near_the_full_ones(precision: str
     rounded, full = evaluate(model, [data], precision=precision), evaluate(model, [data])
     assert rounded.probabilities.dtype == rounded.error.dtype == rounded.losses.dtype == torch.float32
     torch.testing.assert_close(rounded.probabilities, full.probabilities, rtol=0, atol=0.05)
+
+
+def test_evaluation_may_see_more_points_than_training(data: Batch) -> None:
+    sparse, full = build(points=7), build()
+    full.load_state_dict(sparse.state_dict())
+    sparse.config = replace(sparse.config, inner_loop=replace(sparse.config.inner_loop, eval_fraction=1.0))
+    for name in ("probabilities", "error", "losses"):
+        assert torch.equal(getattr(evaluate(sparse, [data]), name), getattr(evaluate(full, [data]), name))
+    assert data.images is not None
+    assert sparse.predict(data.images) == full.predict(data.images)
+    sparse.config = replace(sparse.config, inner_loop=replace(sparse.config.inner_loop, eval_fraction=None))
+    assert not torch.equal(evaluate(sparse, [data]).losses, evaluate(full, [data]).losses)

@@ -88,7 +88,7 @@ def test_the_schedule_over_a_whole_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "warmup"), [(1, 0.05), (2, 0.05), (19, 0.05), (20, 0.05), (21, 0.05), (10, 0.1), (8, 1.0), (8, 0.0)]
+    ("total", "warmup"), [(1, 0.05), (2, 0.05), (19, 0.05), (20, 0.05), (21, 0.05), (10, 0.1), (8, 0.0)]
 )
 def test_a_schedule_of_any_length_can_be_walked(total: int, warmup: float) -> None:
     """warmup * total = 1 leaves the rising phase without a step; torch's OneCycleLR then divides by zero."""

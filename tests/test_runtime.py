@@ -60,16 +60,30 @@ def test_a_mistake_in_the_program_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_is_a_flag_the_second_ends(number: int, status: int) -> None:
+def test_a_signal_is_a_flag(number: int, status: int) -> None:
     before = signal.getsignal(number)
     with StopRequested() as stop:
         assert stop.signal is None
+        assert stop.vote(1, torch.device("cpu"), save=True) == (False, True)
         os.kill(os.getpid(), number)
         assert stop.signal == number
         assert stop.exit_status == status
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+        assert stop.vote(1, torch.device("cpu")) == (True, False)
+        os.kill(os.getpid(), signal.SIGTERM)  # what a launcher sends after a Ctrl-C: the save goes on
+        assert stop.signal == number
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_an_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("mwt.runtime.time.monotonic", lambda: now)
+    with StopRequested():
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 0.1
+        os.kill(os.getpid(), signal.SIGINT)
+        now += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def restore(run: Run) -> None:
         )
     for name in ("step", "best", "seconds", "monitored_step"):
         setattr(run, name, state[name])
-    run.meter.load_state(state["meter"])
+    run.meter.restore(state["meter"])
     if run.accelerator.scaler is not None and state["scaler"]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.schedule.load_state_dict(state["schedule"])
