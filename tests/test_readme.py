@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import json
+import os
 import re
 import shlex
 import struct
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^    ((?:python -m|accelerate launch -m) (?:train|eval|data_pipes)\.[^#\n]*)", README, re.M)
 COMMANDS += re.findall(r"`((?:python -m|accelerate launch -m) (?:train|eval|data_pipes)\.[^`]*)`", README)
+CONFIGS = "configs/classify"
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 IDX_SOURCES = {"mnist", "fashion_mnist"}
 
 
@@ -108,18 +111,56 @@ def test_paths_in_the_readme_exist() -> None:
         assert (ROOT / path).is_file(), path
 
 
+def test_accelerate_launch(workplace: Path) -> None:
+    """The launcher itself, in a process of its own, as the README has it."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    program = ["-m", "train.classify", "--config", "configs/classify/digits.yaml", "--debug", "run.dir=launched"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *program], cwd=workplace, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "launched" / "checkpoints" / "last.json").is_file()
+
+
+def run_unabridged(steps: list[list[str]]) -> None:
+    """Programs as a person starts them: with all cores, which conftest takes away from the other tests."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    for step in steps:
+        subprocess.run([sys.executable, "-m", *step], cwd=ROOT, env=environment, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_fashion_mnist_on_two_cores_unabridged(tmp_path: Path) -> None:
+    """A quarter of an hour: what RESULTS.md says of `fashion_mnist_cpu.yaml`."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    steps = [
+        ["data_pipes.prepare", "fashion_mnist", "--src", str(FASHION), "--out", str(data)],
+        [
+            "train.classify",
+            "--config",
+            "configs/classify/fashion_mnist_cpu.yaml",
+            f"data.path={data}",
+            f"run.dir={run}",
+        ],
+        ["eval.classify", "--run", str(run)],
+    ]
+    run_unabridged(steps)
+    numbers = json.loads((run / "eval" / "classify.json").read_text())
+    assert numbers["count"] == 10000
+    assert numbers["accuracy"] >= 0.86
+
+
 @pytest.mark.slow
 def test_quickstart_unabridged(tmp_path: Path) -> None:
     """What `make quickstart` runs after installing: reaches what the README says."""
     run = tmp_path / "run"
     steps = [
-        ["train.classify", "--config", "configs/classify/digits.yaml", f"run.dir={run}"],
+        ["train.classify", "--config", f"{CONFIGS}/digits.yaml", f"run.dir={run}"],
         ["eval.classify", "--run", str(run)],
         ["eval.reconstruct", "--run", str(run)],
         ["eval.report", "--run", str(run)],
     ]
-    for step in steps:
-        subprocess.run([sys.executable, "-m", *step], cwd=ROOT, check=True)
+    run_unabridged(steps)
     numbers = json.loads((run / "eval" / "classify.json").read_text())
     assert numbers["accuracy"] >= 0.97
     assert numbers["psnr"] >= 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 import train.classify as program
 from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError, TrainingError
+from mwt.runtime import run_program
 from mwt.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -419,3 +421,47 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
     with pytest.raises(InputError, match=r"pip install -e '\.\[wandb\]'"):
         debug(tmp_path / "run", "run.trackers=[wandb]")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_permission_is_one_sentence_and_exit_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(SystemExit) as left:
+        run_program(program.main, ["--debug", f"run.dir={tmp_path / 'run'}"])
+    assert left.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: The run directory")
+    assert message.endswith("cannot be written: Permission denied.")
+
+
+@pytest.mark.parametrize("override", ["siren.hiden=3", "run.device=tpu", "data.path=no/such/folder", "siren.hidden=65"])
+def test_bad_input_leaves_with_status_2(tmp_path: Path, override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        run_program(program.main, ["--debug", f"run.dir={run}", override])
+    assert left.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert not run.exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("choice", ["never", "always"])
+def test_on_a_gpu(tmp_path: Path, precision: str, choice: str) -> None:
+    """In a process of its own: the shape-checking hook and torch.compile do not go together."""
+    run = tmp_path / "run"
+    words = [
+        "-m",
+        "train.classify",
+        "--debug",
+        "run.device=cuda",
+        f"run.precision={precision}",
+        f"run.compile={choice}",
+    ]
+    subprocess.run([sys.executable, *words, f"run.dir={run}"], cwd=ROOT, check=True)
+    assert all(math.isfinite(row["classification_loss"]) for row in rows(run))
