@@ -141,8 +141,8 @@ def test_the_quickstart() -> None:
     config = read("digits")
     assert config.data.path == "builtin:digits"
     assert (config.siren.hidden, config.siren.hidden_layers, config.siren.omega) == (64, 2, 10.0)
-    assert (config.inner_loop.steps, config.inner_loop.fraction, config.reader.blocks) == (4, 1.0, 4)
-    assert config.run.precision == "fp32"
+    assert (config.inner_loop.fraction, config.inner_loop.points) == (1.0, None)
+    assert (config.run.precision, config.data.test_split, config.data.limit) == ("fp32", "test", None)
 
 
 def test_fashion_mnist_on_a_cpu_uses_the_published_data() -> None:
