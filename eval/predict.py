@@ -6,6 +6,9 @@
 
 Images of any size and colour are converted to what the model was trained on. A file that cannot be used is named on
 stderr, the others are still predicted, and the exit status is 2.
+
+In full precision, whatever the run was trained in: a borderline image may fall otherwise than in eval.classify, which
+evaluates in the precision of the run.
 """
 
 from __future__ import annotations
