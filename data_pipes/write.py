@@ -16,6 +16,7 @@ from webdataset import TarWriter
 from data_pipes.decode import IMAGE_FORMATS
 from data_pipes.schema import DatasetInfo, ShardInfo, SplitInfo, save_info
 from mwt.errors import InputError
+from mwt.runtime import sync
 from mwt.structs import SignalFacts
 
 SHARD_BYTES = 128 * 2**20
@@ -61,10 +62,10 @@ def write_dataset(
                 classes=facts.classes, licence=licence, splits=written, folder=hidden,
             )  # fmt: skip
             save_info(info)
-            _flush_folder(hidden)
+            sync(hidden)
             check_new(out)  # somebody may have made it meanwhile
             hidden.rename(out)
-            _flush_folder(out.parent)
+            sync(out.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -87,14 +88,6 @@ def _clear_errors(out: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"No permission to write to {out.parent}; choose another --out.") from error
         raise InputError(f"{out} cannot be written: {error}.") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_split(

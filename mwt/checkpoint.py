@@ -29,15 +29,7 @@ from torch import Tensor
 from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
-from mwt.runtime import write_json
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+from mwt.runtime import sync, write_json
 
 
 def _read_json(path: Path) -> Any:
@@ -99,8 +91,8 @@ def save_checkpoint(
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             write_json(temporary / "state.json", state)
             for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             os.replace(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -108,9 +100,9 @@ def save_checkpoint(
                 message = f"the checkpoint of step {state['step']} could not be written ({error})"
                 raise OSError(errno.EIO, message, str(folder)) from error
             raise
-        _sync(folder)
+        sync(folder)
     write_json(folder / f"{name}.json", {"folder": final.name})
-    _sync(folder)  # the pointer lasts before what it pointed at goes
+    sync(folder)  # the pointer lasts before what it pointed at goes
     _remove_unused(folder)
     return final
 

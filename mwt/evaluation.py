@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mwt.metrics import calibration_error, confusion_matrix, squared_error
+from mwt.metrics import calibration_error, confusion_matrix, decibel, squared_error
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe, whole
 from mwt.structs import Batch, Fit
@@ -43,7 +43,7 @@ class Evaluation:
     @property
     def psnr(self) -> Float[Tensor, " n"]:
         """PSNR of each sample over all its points, in dB."""
-        return _decibel(self.error)
+        return decibel(self.error)
 
     def summary(self) -> dict[str, Any]:
         """Numbers by name, as `eval/classify.json` holds them."""
@@ -57,8 +57,8 @@ class Evaluation:
         if self.kind == "image":  # a distance field has no peak value
             numbers |= {
                 "psnr": float(self.psnr.mean()),
-                "psnr_pooled": float(_decibel(self.error.mean())),
-                "psnr_subset": float(_decibel(self.subset_error).mean()),
+                "psnr_pooled": float(decibel(self.error.mean())),
+                "psnr_subset": float(decibel(self.subset_error).mean()),
             }
         numbers["mse"] = float(self.losses[:, -1].mean())
         return numbers
@@ -75,10 +75,6 @@ class Evaluation:
             }
             for k, name in enumerate(self.classes)
         }
-
-
-def _decibel(error: Tensor) -> Tensor:
-    return -10 * error.clamp_min(1e-10).log10()
 
 
 def _whole_error(model: MetaWeightTransformer, batch: Batch, fitted: Fit) -> Float[Tensor, " B"]:

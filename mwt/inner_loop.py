@@ -40,10 +40,9 @@ def loss_and_gradient(
     gradients: LayerTensors = []
     for i in range(len(layers) - 1, 0, -1):
         pre = upstream * states[i][1]
-        weight_gradient = (states[i - 1][0].mT @ pre).to(
-            loss.dtype
-        )  # before the division, which would underflow in fp16
-        gradients.append((weight_gradient * scale, pre.sum(-2, dtype=loss.dtype) * scale))
+        weight_gradient = states[i - 1][0].mT @ pre
+        # Out of half precision before the division, which would underflow there.
+        gradients.append((weight_gradient.to(loss.dtype) * scale, pre.sum(-2, dtype=loss.dtype) * scale))
         upstream = pre @ layers[i][0].mT
     pre = upstream.to(coords.dtype) * states[0][1]
     scale *= siren.omega

@@ -13,8 +13,13 @@ def squared_error(prediction: Float[Tensor, "B P C"], values: Float[Tensor, "B P
 
 
 def psnr(prediction: Float[Tensor, "B P C"], values: Float[Tensor, "B P C"]) -> Float[Tensor, " B"]:
-    """Peak signal-to-noise ratio of each signal in dB, for values in [-1, 1]; a perfect fit counts as 100 dB."""
-    return -10 * squared_error(prediction, values).clamp_min(1e-10).log10()
+    """Peak signal-to-noise ratio of each signal in dB, for values in [-1, 1]."""
+    return decibel(squared_error(prediction, values))
+
+
+def decibel(error: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Mean squared errors on the scale [0, 1] as peak signal-to-noise ratios; a perfect fit counts as 100 dB."""
+    return -10 * error.clamp_min(1e-10).log10()
 
 
 def calibration_error(probabilities: Float[Tensor, "n K"], labels: Int[Tensor, " n"], bins: int = 15) -> float:

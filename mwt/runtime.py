@@ -221,6 +221,15 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
+def sync(path: Path) -> None:
+    """Return only when a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

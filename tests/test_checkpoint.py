@@ -105,7 +105,7 @@ def test_only_what_it_wrote_is_removed(run: Path) -> None:
     assert not (run / "checkpoints" / ".step-00000002.12345").exists()
 
 
-FAILURES = {"optimizer": "save_file", "state": "write_json", "sync": "_sync"}
+FAILURES = {"optimizer": "save_file", "state": "write_json", "sync": "sync"}
 
 
 @pytest.mark.parametrize(
