@@ -74,6 +74,14 @@ class InnerLoopConfig:
     """The same as a count; takes precedence over `fraction`."""
     eval_fraction: float | None = None
     """s when evaluating and predicting; null: as in training, as the paper does. More points make a better fit."""
+    engine: str = "analytic"
+    """How it is computed, one of `mwt.engines.list_engines()`; all give the same."""
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    """The inner optimizer; other than the paper's gradient descent only with `engine: higher`."""
+    first_order: bool = False
+    """Leave out the gradient through the inner gradients (first-order MAML): cheaper, another result."""
+    checkpoint: bool = False
+    """Compute each inner step again in the backward pass instead of keeping it: less memory, the same result."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")

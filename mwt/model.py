@@ -122,7 +122,7 @@ class MetaWeightTransformer(
                 f"these have {channels} over {dims}."
             )
         steps = self.config.inner_loop.steps if steps is None else steps
-        fitted = fit(self.siren, self.alpha, observations, steps=steps)
+        fitted = fit(self.siren, self.alpha, observations, steps=steps, options=self.config.inner_loop)
         offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
         return Output(fit=fitted, logits=self.reader(tokens(self.siren, offsets)))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from benchmarks import paper
 from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, ReaderConfig, SirenConfig
-from mwt.inner_loop import fit, loss_and_gradient
+from mwt.engines.analytic import loss_and_gradient
+from mwt.inner_loop import fit
 from mwt.losses import outer_losses
 from mwt.meta_sgd import MetaSGD
 from mwt.model import MetaWeightTransformer

@@ -1,0 +1,31 @@
+"""Engines: ways to compute the same inner loop. Each maps (field, alpha, observations, steps, options) to a Fit.
+
+All give the same values and the same outer gradients (tests hold them to 1e-9 in float64); they differ in what they
+can fit and in what they cost:
+
+    analytic   SIREN only. Inner gradient and its derivative written out: fastest and smallest, the default.
+    func       any field; torch.func.grad and vmap.
+    higher     any field, and other inner optimizers than gradient descent; the `higher` library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mwt.config import InnerLoopConfig
+from mwt.engines.analytic import fit_analytic
+from mwt.fields import Field
+from mwt.meta_sgd import MetaSGD
+from mwt.structs import Fit, Observations
+
+Engine = Callable[[Field, MetaSGD, Observations, int, InnerLoopConfig], Fit]
+
+ENGINES: dict[str, Engine] = {"analytic": fit_analytic}
+
+
+def list_engines() -> list[str]:
+    """Names that `inner_loop.engine` accepts."""
+    return list(ENGINES)
+
+
+__all__ = ["ENGINES", "Engine", "fit_analytic", "list_engines"]
