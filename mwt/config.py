@@ -109,6 +109,8 @@ class ReaderConfig:
     mlp_ratio: float = 1.0
     head_dim: int = 64
     layer_scale: float = 0.1
+    checkpoint: bool = False
+    """Compute each block again in the backward pass instead of keeping it: less memory, the same result."""
 
     def __post_init__(self) -> None:
         _require(

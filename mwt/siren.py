@@ -41,6 +41,8 @@ class Siren(nn.Module):
         self.layers = nn.ModuleList(SineLayer(inputs, hidden, bound) for inputs, bound in bounds)
         self.head = nn.Linear(hidden, channels)
         self.out_scale = nn.Parameter(torch.full((channels,), config.out_scale))
+        self.compiled = False
+        """Whether training goes through torch.compile; see `MetaWeightTransformer.compile_parts`."""
 
     @property
     def sine_layers(self) -> list[SineLayer]:
@@ -90,51 +92,14 @@ class Siren(nn.Module):
         self, offsets: Float[Tensor, "B W"], coords: Float[Tensor, "P D"] | Float[Tensor, "B P D"]
     ) -> Float[Tensor, "B P C"]:
         """The values of the fields theta + offsets at any coordinates, on the training grid or between its points."""
-        prediction, _ = self.activate(self.adapted(self.unflatten(offsets)), coords)
-        return prediction
+        return self.render(self.adapted(self.unflatten(offsets)), coords)
 
-    def activate(self, layers: LayerTensors, coords: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Forward pass that keeps sine and cosine of every pre-activation, for the written-out gradient.
-
-        With layers that have no batch dimension and shared coordinates everything stays [P, .]: the first inner step,
-        where all signals start from one base, is computed once for the batch.
-
-        Args:
-            layers: weight [in, out] or [B, in, out] and bias of each sine layer.
-            coords: [P, D] or [B, P, D].
-
-        Returns:
-            prediction [P, C] or [B, P, C], and (sin, cos), each [..., P, H], per layer.
-        """
+    def render(self, layers: LayerTensors, coords: Tensor) -> Tensor:
+        """The values at coordinates [P, D] or [B, P, D] of a field with the given sine layers: [..., P, C]."""
         weight, bias = layers[0]
         # Coordinates times omega needs more digits than bf16 has (320 columns, omega 30): always full precision.
         with torch.autocast(coords.device.type, enabled=False):
-            hidden = self.omega * (coords @ weight + bias[..., None, :])
-        states = [sincos(hidden)]
+            hidden = (self.omega * (coords @ weight + bias[..., None, :])).sin()
         for weight, bias in layers[1:]:
-            states.append(sincos(states[-1][0] @ weight + bias[..., None, :]))
-        return self.head(states[-1][0]) * self.out_scale, states
-
-
-class _SinCos(torch.autograd.Function):
-    """sin and cos of one tensor; the backward pass reuses both instead of computing them again."""
-
-    @staticmethod
-    def forward(z: Tensor) -> tuple[Tensor, Tensor]:
-        return z.sin(), z.cos()
-
-    @staticmethod
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]
-    ) -> None:
-        ctx.save_for_backward(*output)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_sin: Tensor, grad_cos: Tensor) -> Tensor:
-        sin, cos = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_sin * cos - grad_cos * sin
-
-
-def sincos(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(sin z, cos z), each computed once, in the forward pass."""
-    return _SinCos.apply(z)
+            hidden = (hidden @ weight + bias[..., None, :]).sin()
+        return self.head(hidden) * self.out_scale

@@ -1,5 +1,6 @@
 """Runs of the paper's formulation, recorded in float64 by an independent implementation (design of the vectors: the
-metadata of each file says everything that the test needs; `MWT_GOLDEN` names another folder of them)."""
+metadata of each file says everything that the test needs; `MWT_GOLDEN` names another folder of them). Every engine
+must reproduce them."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, OptimConfig, ReaderConfig, SirenConfig
+from mwt.engines import list_engines
 from mwt.losses import outer_losses
 from mwt.metrics import psnr
 from mwt.model import MetaWeightTransformer
@@ -30,24 +32,25 @@ def load(path: Path) -> tuple[dict, dict[str, Tensor]]:
         return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def inner_loop(config: dict) -> InnerLoopConfig:
+def inner_loop(config: dict, engine: str = "analytic") -> InnerLoopConfig:
     """How the vector was fitted; `fraction` or `points` may be null."""
     return InnerLoopConfig(
         steps=config["trained_steps"],
         shared_alpha=config["shared_alpha"],
         fraction=1.0 if config["fraction"] is None else float(config["fraction"]),
         points=config["points"],
+        engine=engine,
     )
 
 
-def build(config: dict, vector: dict[str, Tensor]) -> MetaWeightTransformer:
+def build(config: dict, vector: dict[str, Tensor], engine: str) -> MetaWeightTransformer:
     image = vector.get("image")
     model = MetaWeightTransformer(
         ModelConfig(
             siren=SirenConfig(
                 hidden=config["hidden"], hidden_layers=config["hidden_layers"], omega=float(config["omega"])
             ),
-            inner_loop=inner_loop(config),
+            inner_loop=inner_loop(config, engine),
             reader=ReaderConfig(
                 token_scale=float(config["token_scale"]),
                 blocks=config["blocks"],
@@ -99,10 +102,11 @@ def test_there_are_vectors() -> None:
     assert FILES, f"no golden vectors in {FOLDER}"
 
 
+@pytest.mark.parametrize("engine", list_engines())
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_golden(path: Path) -> None:
+def test_golden(path: Path, engine: str) -> None:
     config, vector = load(path)
-    model = build(config, vector)
+    model = build(config, vector, engine)
     seen = observations(config, vector)
 
     output = model(seen, steps=config["inner_steps"])
@@ -146,10 +150,11 @@ def run_optimizer(model: MetaWeightTransformer, seen: Observations, labels: Tens
         schedule.step()
 
 
+@pytest.mark.parametrize("engine", list_engines())
 @pytest.mark.parametrize("path", [f for f in FILES if load(f)[0]["fraction"] == 1.0], ids=lambda path: path.stem)
-def test_shared_grid_gives_the_same_fit_as_permuted_points(path: Path) -> None:
+def test_shared_grid_gives_the_same_fit_as_permuted_points(path: Path, engine: str) -> None:
     config, vector = load(path)
-    model = build(config, vector)
+    model = build(config, vector, engine)
     output = model(observations(config, vector, shared_grid=True), steps=config["inner_steps"])
     assert_equal("offset", output.fit.offsets, vector["out.offset"])
     assert_equal("logits", output.logits, vector["out.logits"])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import paper
 from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, ReaderConfig, SirenConfig
+from mwt.engines import list_engines
 from mwt.model import MetaWeightTransformer
 from mwt.structs import SignalFacts
 
@@ -112,8 +113,9 @@ def after_steps(
     return {f"after.{name}": p.detach() for name, p in moving.items()}
 
 
+@pytest.mark.parametrize("engine", list_engines())
 @pytest.mark.parametrize("name", list(CASES))
-def test_a_further_vector_holds(name: str, tmp_path: Path) -> None:
+def test_a_further_vector_holds(name: str, engine: str, tmp_path: Path) -> None:
     config = {**PLAIN, **CASES[name]}
     parameters = parameters_of(config)
     stored, coords, values = signals(config)
@@ -140,8 +142,8 @@ def test_a_further_vector_holds(name: str, tmp_path: Path) -> None:
     whole = {key: value.detach().clone().contiguous() for key, value in vector.items()}
     save_file(whole, path, metadata={"config": json.dumps(config)})
 
-    golden.test_golden(path)
+    golden.test_golden(path, engine)
     broken = {**whole, "out.logits": whole["out.logits"] * (1 + 1e-6)}
     save_file(broken, path, metadata={"config": json.dumps(config)})
     with pytest.raises(AssertionError, match="logits"):
-        golden.test_golden(path)
+        golden.test_golden(path, engine)

@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             restore(run)
         compiled = runtime.compile_pays(config.run.compile, device, run.total_steps)
         if compiled:
-            run.model.compile(dynamic=False)
+            run.model.compile_parts()
         run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
         if config.run.trackers:
             accelerator.init_trackers("meta-weight-transformer", config=flat(config))

@@ -14,13 +14,15 @@ from collections.abc import Callable
 
 from mwt.config import InnerLoopConfig
 from mwt.engines.analytic import fit_analytic
+from mwt.engines.functional import fit_func
+from mwt.engines.higher import fit_higher
 from mwt.fields import Field
 from mwt.meta_sgd import MetaSGD
 from mwt.structs import Fit, Observations
 
 Engine = Callable[[Field, MetaSGD, Observations, int, InnerLoopConfig], Fit]
 
-ENGINES: dict[str, Engine] = {"analytic": fit_analytic}
+ENGINES: dict[str, Engine] = {"analytic": fit_analytic, "func": fit_func, "higher": fit_higher}
 
 
 def list_engines() -> list[str]:
@@ -28,4 +30,4 @@ def list_engines() -> list[str]:
     return list(ENGINES)
 
 
-__all__ = ["ENGINES", "Engine", "fit_analytic", "list_engines"]
+__all__ = ["ENGINES", "Engine", "fit_analytic", "fit_func", "fit_higher", "list_engines"]

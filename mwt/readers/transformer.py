@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+
+
+def _run_block(block: nn.Module, x: Tensor) -> Tensor:
+    return block(x)
+
+
+@cache
+def _compiled_block() -> Callable[[nn.Module, Tensor], Tensor]:
+    """One block compiled for all: they differ in their parameters only."""
+    return torch.compile(_run_block, dynamic=False)
 
 
 class TransformerReader(nn.Module):
@@ -30,6 +42,9 @@ class TransformerReader(nn.Module):
                 f"(reader.head_dim, {config.head_dim}); choose a multiple of it."
             )
         self.token_scale = config.token_scale
+        self.checkpoint = config.checkpoint
+        self.compiled = False
+        """Whether training goes through torch.compile; see `MetaWeightTransformer.compile_parts`."""
         self.base = nn.Parameter(torch.zeros(1, tokens, features))
         self.embed = nn.Linear(features, width)
         self.blocks = nn.ModuleList(
@@ -55,6 +70,8 @@ class TransformerReader(nn.Module):
         x = tokens + self.base
         x = x * self.token_scale if self.token_scale else F.layer_norm(x, x.shape[1:], eps=1e-5)
         x = self.embed(x)
+        training = torch.is_grad_enabled()
+        run = _compiled_block() if self.compiled and training else _run_block
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(run, block, x, use_reentrant=False) if self.checkpoint and training else run(block, x)
         return self.logits(x.mean(dim=1))
