@@ -50,7 +50,6 @@ def open_model(name: str, checkpoint: str) -> MetaWeightTransformer:
         model = load_model(Path(name), device)
     else:
         model = load_model(find_checkpoint(Path(name), checkpoint), device)
-    model.tune_for(device)
     return model
 
 

@@ -93,7 +93,6 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     model = load_model(folder, device)
-    model.tune_for(device)
     step = int(folder.name.rpartition("-")[2])
     if any(item.startswith(EVAL_FRACTION) for item in overrides):
         inner = replace(model.config.inner_loop, eval_fraction=config.inner_loop.eval_fraction)

@@ -158,11 +158,6 @@ class MetaWeightTransformer(
         values = self.siren(offsets, grid(height, width, device=offsets.device, dtype=offsets.dtype))
         return values.mT.reshape(len(offsets), -1, height, width)
 
-    def tune_for(self, device: torch.device) -> None:
-        """Choose the faster of equal computations: on CPUs plain attention products beat the fused kernel."""
-        if hasattr(self.reader, "use_fused_attention"):
-            self.reader.use_fused_attention(device.type != "cpu")
-
     def compile_parts(self) -> None:
         """Send training through torch.compile: the sweeps of the inner loop and one block of the reader.
 

@@ -336,14 +336,19 @@ class Created(TorchDispatchMode):
 
     def alive(self) -> int:
         """Bytes that somebody still holds."""
-        return sum(size for reference, size in self.made.values() if not reference.expired())
+        self.made = {key: entry for key, entry in self.made.items() if not entry[0].expired()}
+        return sum(size for _, size in self.made.values())
 
 
 def memory(make_fit: Callable[[], Fit]) -> tuple[int, int]:
     """Bytes that a fit leaves behind in its result and the graph behind that, and the most that it held at once."""
-    with Created() as created:
-        fitted = make_fit()
-    gc.collect()
+    gc.disable()  # what is made meanwhile stays in the youngest generation, which is quickly searched
+    try:
+        with Created() as created:
+            fitted = make_fit()
+        gc.collect(0)
+    finally:
+        gc.enable()
     assert fitted.losses.isfinite().all()
     return created.alive(), created.peak
 

@@ -165,15 +165,26 @@ def test_reconstruct_is_the_field_on_a_grid_of_any_size() -> None:
     torch.testing.assert_close(large[:, :, ::3, ::3], shown, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_fused_and_plain_attention_agree(fused: bool) -> None:
+def test_fused_and_plain_attention_agree() -> None:
     model = build().double()
     tokens = torch.randn(2, 64, 65, dtype=torch.float64)
-    model.reader.use_fused_attention(fused)
-    assert all(block.attn.fused_attn == fused for block in model.reader.blocks)
-    ours = model.reader(tokens)
-    model.reader.use_fused_attention(not fused)
-    torch.testing.assert_close(model.reader(tokens), ours, rtol=0, atol=1e-12)
+    results = []
+    for fused in (False, True):
+        for block in model.reader.blocks:
+            block.attn.fused_attn = fused
+        x = model.reader.embed((tokens + model.reader.base) * model.reader.token_scale)
+        for block in model.reader.blocks:
+            x = block(x)
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_is_fused_but_for_half_precision_on_the_cpu(half: bool) -> None:
+    model = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        model.reader(torch.randn(2, 64, 65))
+    assert all(block.attn.fused_attn is not half for block in model.reader.blocks)
 
 
 def test_parameter_groups_share_nothing_and_leave_nothing_out() -> None:

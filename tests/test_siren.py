@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from mwt.config import SirenConfig
-from mwt.siren import Siren, sincos
+from mwt.siren import Siren
 
 
 def make(hidden: int = 16, layers: int = 2, dims: int = 2, channels: int = 3, omega: float = 10.0) -> Siren:
@@ -97,18 +96,6 @@ def test_shared_and_own_coordinates_agree() -> None:
     offsets, coords = torch.randn(3, siren.adapted_size).double() * 0.1, torch.rand(7, 2).double()
     own = siren(offsets, coords.expand(3, 7, 2))
     torch.testing.assert_close(siren(offsets, coords), own, rtol=0, atol=1e-13)
-
-
-def test_sine_and_cosine_with_their_derivatives() -> None:
-    z = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    sin, cos = sincos(z)
-    assert torch.equal(sin, z.sin())
-    assert torch.equal(cos, z.cos())
-
-    def both(x: Tensor) -> tuple[Tensor, Tensor]:
-        return sincos(x)
-
-    assert torch.autograd.gradcheck(both, (z,))
 
 
 def test_the_first_layer_keeps_full_precision_under_autocast() -> None:

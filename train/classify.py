@@ -166,7 +166,6 @@ def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -
         break
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
-    model.tune_for(device)
     optimizer = make_optimizer(model, config.optim)
     world = accelerator.num_processes
     steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
