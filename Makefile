@@ -1,7 +1,7 @@
 # `make` lists what there is. Needs Python 3.11 or newer with venv; everything else goes into .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-again test test-slow check report clean
+.PHONY: help quickstart quickstart-again test test-slow check bench report clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -47,6 +47,11 @@ check: .venv/installed-dev ## style, types, import rule, sizes
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) -m benchmarks.size_report
+
+bench: .venv/installed ## measure: a step against the paper's formulation, the engines, how cost grows (half an hour)
+	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.engines
+	$(PY) -m benchmarks.scaling
 
 report: .venv/installed ## write the report of RUN=runs/NAME again
 	$(PY) -m eval.report --run $(RUN)

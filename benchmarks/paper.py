@@ -12,6 +12,7 @@ shares no code with `mwt`; parameters are a plain dict of tensors by name:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -166,13 +167,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def training_gradients(
-    parameters: Parameters, coords: Tensor, values: Tensor, labels: Tensor, settings: Settings
+    parameters: Parameters,
+    coords: Tensor,
+    values: Tensor,
+    labels: Tensor,
+    settings: Settings,
+    scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Result:
     """Algorithm 1 up to the optimizer: fit, read, the two backward passes and their weighted sum (equations 3 to 6).
 
     Args:
         coords: [B, S + 1, P, D], the points of each inner step and, last, of the final loss.
         values: [B, S + 1, P, C].
+        scale: multiplies both losses before their backward passes, as fp16 asks for; the gradients keep the factor.
     """
     parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     fitting = {name: value for name, value in parameters.items() if not name.startswith("reader.")}
@@ -183,12 +190,12 @@ def training_gradients(
     classification, reconstruction = cross_entropy(logits, labels), losses[:, -1].mean()
 
     # First pass: the classification loss; what it sends to the SIREN's side is scaled afterwards.
-    classification.backward(retain_graph=True)
+    (classification if scale is None else scale(classification)).backward(retain_graph=True)
     for value in fitting.values():
         if value.grad is not None:
             value.grad.mul_(settings.classification_weight)
     # Second pass: the reconstruction loss, on top of it.
-    reconstruction.backward()
+    (reconstruction if scale is None else scale(reconstruction)).backward()
 
     return Result(
         offsets=offsets.detach(),

@@ -187,6 +187,22 @@ def test_attention_is_fused_but_for_half_precision_on_the_cpu(half: bool) -> Non
     assert all(block.attn.fused_attn is not half for block in model.reader.blocks)
 
 
+def test_the_first_normalisation_keeps_its_gradient_in_half_precision() -> None:
+    model = build()
+    tokens = torch.randn(8, 64, 65)
+    norm = model.reader.blocks[0].norm1
+
+    def gradient(half: bool) -> torch.Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            logits = model.reader(tokens)
+        torch.nn.functional.cross_entropy(logits.float(), torch.zeros(8, dtype=torch.int64)).backward()
+        return torch.cat([norm.weight.grad, norm.bias.grad])
+
+    exact, rounded = gradient(False), gradient(True)
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
 def test_parameter_groups_share_nothing_and_leave_nothing_out() -> None:
     model = build()
     groups = model.parameter_groups()

@@ -74,7 +74,9 @@ class TransformerReader(nn.Module):
         """Class logits of a batch of tokenised offsets."""
         x = tokens + self.base
         x = x * self.token_scale if self.token_scale else F.layer_norm(x, x.shape[1:], eps=1e-5)
-        x = self.embed(x)
+        # Out of half precision at once: the first addition would do it anyway, and torch's layer norm of bf16 on CPUs
+        # sums the gradients of its weights in bf16, a quarter off.
+        x = self.embed(x).to(self.base.dtype)
         self._choose_attention(x.device)
         training = torch.is_grad_enabled()
         run = _compiled_block() if self.compiled and training else _run_block
