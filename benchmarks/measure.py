@@ -135,7 +135,7 @@ class Product:
 
     def __init__(self, size: int, precision: str, device: torch.device) -> None:
         kind: dict[str, Any] = {"dtype": PRECISIONS[precision], "device": device}
-        self._left, self._right = torch.ones(size, size, **kind), torch.ones(size, size, **kind)
+        self._left, self._right = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
         self._out = torch.empty(size, size, **kind)
         # A single one is too short to be timed where it is small, or on a GPU.
         self._times = (1 if size >= 2048 else 8) * (20 if device.type == "cuda" else 1)

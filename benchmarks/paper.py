@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Parameters = dict[str, Tensor]
 
@@ -105,11 +106,8 @@ def adapt(parameters: Parameters, coords: Tensor, values: Tensor, settings: Sett
 
 def make_tokens(parameters: Parameters, offsets: Tensor) -> Tensor:
     """One token for each output neuron of the layers 1 to L: its incoming weights' offsets, then its bias's."""
-    rows = []
-    for weight, bias in split_offsets(parameters, offsets)[1:]:
-        for neuron in range(weight.shape[2]):
-            rows.append(torch.cat([weight[:, :, neuron], bias[:, neuron : neuron + 1]], dim=1))
-    return torch.stack(rows, dim=1)
+    layers = split_offsets(parameters, offsets)[1:]
+    return torch.cat([torch.cat([weight.transpose(1, 2), bias.unsqueeze(2)], dim=2) for weight, bias in layers], dim=1)
 
 
 def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
@@ -118,15 +116,10 @@ def linear(parameters: Parameters, name: str, x: Tensor) -> Tensor:
     return result + parameters[f"{name}.bias"] if f"{name}.bias" in parameters else result
 
 
-def normalise(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Zero mean and unit (biased) variance over `dims`, epsilon 1e-5."""
-    centred = x - x.mean(dims, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(dims, keepdim=True) + 1e-5)
-
-
 def layer_norm(parameters: Parameters, name: str, x: Tensor) -> Tensor:
-    """Layer norm over features, with the learned gain and bias."""
-    return normalise(x, (-1,)) * parameters[f"{name}.weight"] + parameters[f"{name}.bias"]
+    """Layer norm over features, with the learned gain and bias, epsilon 1e-5."""
+    gain, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+    return F.layer_norm(x.to(gain.dtype), x.shape[-1:], gain, bias, eps=1e-5)
 
 
 def attention(parameters: Parameters, name: str, x: Tensor, head_dim: int) -> Tensor:
@@ -135,35 +128,23 @@ def attention(parameters: Parameters, name: str, x: Tensor, head_dim: int) -> Te
     query, key, value = linear(parameters, f"{name}.qkv", x).split(width, dim=-1)
     query, key, value = (y.reshape(batch, tokens, width // head_dim, head_dim) for y in (query, key, value))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(head_dim)
-    scores = torch.exp(scores - scores.amax(-1, keepdim=True).detach())
-    weights = scores / scores.sum(-1, keepdim=True)
+    weights = scores.softmax(-1)
     mixed = torch.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, width)
     return linear(parameters, f"{name}.proj", mixed)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The exact one."""
-    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
 def read(parameters: Parameters, offsets: Tensor, settings: Settings) -> Tensor:
     """Logits [B, K] from offsets [B, W]: pre-norm blocks with LayerScale, mean over tokens, no final norm."""
     x = make_tokens(parameters, offsets) + parameters["reader.base"]
-    x = x * settings.token_scale if settings.token_scale else normalise(x, (1, 2))
+    x = x * settings.token_scale if settings.token_scale else F.layer_norm(x, x.shape[1:], eps=1e-5)
     x = linear(parameters, "reader.embed", x)
     for i in range(count_layers(parameters, "reader.blocks.")):
         name = f"reader.blocks.{i}"
         attended = attention(parameters, f"{name}.attn", layer_norm(parameters, f"{name}.norm1", x), settings.head_dim)
         x = x + parameters[f"{name}.ls1"] * attended
-        inner = gelu(linear(parameters, f"{name}.mlp.fc1", layer_norm(parameters, f"{name}.norm2", x)))
+        inner = F.gelu(linear(parameters, f"{name}.mlp.fc1", layer_norm(parameters, f"{name}.norm2", x)))
         x = x + parameters[f"{name}.ls2"] * linear(parameters, f"{name}.mlp.fc2", inner)
     return linear(parameters, "reader.logits", x.mean(1, keepdim=True))[:, 0]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the batch of minus the logarithm of the true class's probability."""
-    logarithm = logits - torch.logsumexp(logits, dim=1, keepdim=True)
-    return -logarithm[torch.arange(len(labels), device=labels.device), labels].mean()
 
 
 def training_gradients(
@@ -187,7 +168,8 @@ def training_gradients(
     offsets, losses, prediction = adapt(parameters, coords, values, settings)
     end_to_end = settings.classification_weight != 0
     logits = read(parameters, offsets if end_to_end else offsets.detach(), settings)
-    classification, reconstruction = cross_entropy(logits, labels), losses[:, -1].mean()
+    classification = F.cross_entropy(logits.to(offsets.dtype), labels)
+    reconstruction = losses[:, -1].mean()
 
     # First pass: the classification loss; what it sends to the SIREN's side is scaled afterwards.
     (classification if scale is None else scale(classification)).backward(retain_graph=True)

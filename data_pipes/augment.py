@@ -120,16 +120,19 @@ def crop_boxes(
     low, high = math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])
     ratio = torch.exp(low + (high - low) * attempts[..., 1])
     sizes = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=-1).long()  # height, width
-    limit = torch.tensor([height, width], device=place.device)
+    limit = _pair(height, width, place)
     fits = ((sizes > 0) & (sizes <= limit)).all(-1)
     first = fits.to(torch.uint8).argmax(1)  # argmax gives the first of equals
     chosen = sizes[_span(len(place), place), first]
     corner = (place * (limit - chosen + 1)).long().clamp(min=0).minimum(limit - chosen)
-    whole = torch.tensor(
-        [min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1]))], device=place.device
-    )
+    whole = _pair(min(height, round(width / CROP_RATIO[0])), min(width, round(height * CROP_RATIO[1])), place)
     fallback = torch.cat([(limit - whole) // 2, whole])
     return torch.where(fits.any(1, keepdim=True), torch.cat([corner, chosen], dim=1), fallback)
+
+
+def _pair(first: int, second: int, like: Tensor) -> Tensor:
+    """Two numbers on the device; `torch.tensor` would copy them there, and a CUDA device would be waited for."""
+    return torch.where(_span(2, like) == 0, first, second)
 
 
 def rotate_crop_flip(

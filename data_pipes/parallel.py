@@ -1,6 +1,7 @@
-"""Two ways of being early: decoding in threads, and making the next item while this one is used.
+"""Three ways of being early: decoding in threads, making the next item while this one is used, and copying it to the
+device meanwhile.
 
-Neither changes the order of things, so neither changes a result.
+None changes the order of things, so none changes a result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from mwt.structs import Batch
 
 
 def ordered_map(function: Callable[[Any], Any], items: Iterable[Any], *, workers: int) -> Iterator[Any]:
@@ -77,3 +83,33 @@ def prefetch(items: Iterator[Any], *, depth: int = 2) -> Iterator[Any]:
     finally:
         stop.set()
         thread.join()
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`, made and copied there in a background thread.
+
+    On CUDA the copies come from pinned memory and run on a stream of their own, beside the computation with earlier
+    batches. The device waits for a copy before it uses the batch; the caller waits for nothing.
+    """
+    if device.type != "cuda":
+        yield from prefetch(batch.to(device) for batch in batches)
+        return
+    stream = torch.cuda.Stream(device)
+
+    def copied() -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        for batch in batches:
+            pinned = {name: field.contiguous().pin_memory() for name, field in _fields(batch)}
+            with torch.cuda.stream(stream):
+                moved = Batch(**pinned).to(device)
+            yield moved, stream.record_event()
+
+    for batch, done in prefetch(copied()):
+        user = torch.cuda.current_stream(device)
+        user.wait_event(done)
+        for _, field in _fields(batch):
+            field.record_stream(user)  # the copying stream, which owns the memory, must not have it back too early
+        yield batch
+
+
+def _fields(batch: Batch) -> list[tuple[str, Tensor]]:
+    return [(name, field) for name, field in vars(batch).items() if isinstance(field, Tensor)]

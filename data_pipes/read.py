@@ -15,7 +15,7 @@ import webdataset.filters
 from torch import Tensor
 
 from data_pipes.decode import POINT_DIMS, decode_sample
-from data_pipes.parallel import ordered_map, prefetch
+from data_pipes.parallel import copied_ahead, ordered_map
 from data_pipes.schema import DatasetInfo, read_info
 from data_pipes.shards import iterate_shard
 from mwt.config import DataConfig
@@ -217,10 +217,7 @@ class StreamingSplit(Split):
         for _, where, signal, _ in rows:
             _one_size(rows[0][2], signal, where)
         signals, labels = torch.stack([row[2] for row in rows]), torch.tensor([row[3] for row in rows])
-        positions = torch.tensor([row[0] for row in rows])
-        if self.device.type == "cuda":  # from pinned memory the copy to the device does not block
-            signals, labels, positions = signals.pin_memory(), labels.pin_memory(), positions.pin_memory()
-        return _batch(signals, labels, positions)
+        return _batch(signals, labels, torch.tensor([row[0] for row in rows]))
 
     def _walk(self, shares: list[tuple[int, int]], *, epoch: int, seed: int, shuffle: bool) -> Iterator[Batch]:
         def own() -> Iterator[_Entry]:
@@ -234,8 +231,7 @@ class StreamingSplit(Split):
             for begin, end in shares:
                 yield self._collate(list(islice(rows, end - begin)))
 
-        for batch in prefetch(collated()):
-            yield batch.to(self.device)
+        return copied_ahead(collated(), self.device)
 
 
 def open_split(

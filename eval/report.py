@@ -77,6 +77,9 @@ def headline(m: Material, metrics: list[dict[str, Any]]) -> str:
     seconds = max((row.get("seconds", 0.0) for row in metrics), default=0.0)
     if seconds:
         cards.append(("training", f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"))
+    peak = max((row.get("peak_memory_gb", 0.0) for row in metrics), default=0.0)
+    if peak:
+        cards.append(("peak memory in training", f"{peak:.1f} GB"))
     return '<div class="numbers">' + "".join(f"<div><b>{v}</b><span>{k}</span></div>" for k, v in cards) + "</div>"
 
 

@@ -31,6 +31,9 @@ from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.runtime import sync, write_json
 
+SAME_RESULT = {"inner_loop": {"engine", "checkpoint"}, "reader": {"checkpoint"}}
+"""Settings of a model that say how it is computed and not what: another value gives the same up to rounding."""
+
 
 def _read_json(path: Path) -> Any:
     try:
@@ -181,7 +184,7 @@ def _check_architecture(saved: Any, model: MetaWeightTransformer, folder: Path) 
         raise InputError(f"{folder / 'config.json'} does not describe a model ({error}).") from error
     for block, values in ours.items():
         for key, value in values.items():
-            if stored[block][key] != value:
+            if stored[block][key] != value and key not in SAME_RESULT.get(block, ()):
                 raise InputError(
                     f"The checkpoint {folder} is of another model: {block}.{key} is {stored[block][key]!r} there "
                     f"and {value!r} here. Use the run's own config, or another run.dir."

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from mwt.checkpoint import find_checkpoint
+from mwt.checkpoint import SAME_RESULT, find_checkpoint
 from mwt.config import ClassifyConfig, config_yaml, load_config
 from mwt.errors import InputError
 from mwt.runtime import environment, write_json
@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "checkpoint_minutes",
             "eval_batch_size", "trackers"},
     "data": {"path", "test_split", "monitor_split", "resident_mb", "workers"},
+    **SAME_RESULT,
 }  # fmt: skip
 """What a resumed run may set otherwise; everything else would make it another run."""
 

@@ -37,6 +37,7 @@ class Siren(nn.Module):
         hidden = config.hidden
         self.omega = config.omega
         self.hidden = hidden
+        self.hidden_layers = config.hidden_layers
         bounds = [(coordinate_dims, 1 / coordinate_dims)] + [(hidden, (6 / hidden) ** 0.5)] * config.hidden_layers
         self.layers = nn.ModuleList(SineLayer(inputs, hidden, bound) for inputs, bound in bounds)
         self.head = nn.Linear(hidden, channels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,5 +10,6 @@ from mwt.siren import Siren
 
 def tokens(siren: Siren, offsets: Float[Tensor, "B W"]) -> Float[Tensor, "B T F"]:
     """Tokens [B, L * H, H + 1]: a neuron's incoming weight offsets, then its bias offset; without the first layer."""
-    hidden = siren.unflatten(offsets)[1:]
-    return torch.cat([torch.cat([weight.mT, bias[..., None]], dim=-1) for weight, bias in hidden], dim=-2)
+    hidden = siren.hidden
+    rows = offsets[:, -siren.hidden_layers * (hidden + 1) * hidden :]  # of each layer the weight [in, out], the bias
+    return rows.unflatten(1, (-1, hidden + 1, hidden)).mT.flatten(1, 2)

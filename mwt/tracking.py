@@ -48,3 +48,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def last_training_table(path: Path) -> str | None:
+    """The last training line of a metrics.jsonl as a table for people; None where there is none."""
+    rows = [row for row in read_metrics(path) if "classification_loss" in row]
+    if not rows:
+        return None
+    step, loss, accuracy, mse = (
+        rows[-1][key] for key in ("step", "classification_loss", "accuracy", "reconstruction_loss")
+    )
+    return (
+        f"{'step':>8} {'loss':>8} {'accuracy':>9} {'mse':>9}   (the last training batches)\n"
+        f"{step:>8} {loss:>8.4f} {accuracy:>9.4f} {mse:>9.5f}"
+    )

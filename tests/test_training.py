@@ -1,20 +1,47 @@
-"""The running means of training, and one step of the outer loop against the same by hand."""
+"""The running means of training; one step of the outer loop against the same by hand; that no step waits for the
+device; the state that checkpoints hold."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, OptimConfig, ReaderConfig, SirenConfig
-from mwt.errors import TrainingError
+from data_pipes import parallel
+from data_pipes.augment import augment
+from data_pipes.parallel import copied_ahead
+from mwt.config import (
+    ClassifyConfig,
+    InnerLoopConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ReaderConfig,
+    SirenConfig,
+    config_yaml,
+    load_config,
+)
+from mwt.errors import InputError, TrainingError
+from mwt.evaluation import autocast
 from mwt.losses import outer_losses
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
 from mwt.optim import clip_gradients, make_optimizer
 from mwt.structs import Batch, SignalFacts
+from mwt.tracking import MetricsLog
 from mwt.training import Meter, train_step
+from mwt.training_state import TrainingState
 
 
 def numbers(*values: float) -> list[torch.Tensor]:
@@ -55,13 +82,14 @@ def test_with_loss_scaling_an_overflowing_gradient_is_only_skipped() -> None:
         meter.check()
 
 
-def build() -> MetaWeightTransformer:
+def build(size: int = 4, **inner_loop: Any) -> MetaWeightTransformer:
     torch.manual_seed(4)
     return MetaWeightTransformer(
         ModelConfig(
-            siren=SirenConfig(hidden=64, hidden_layers=1), inner_loop=InnerLoopConfig(steps=2, points=6),
+            siren=SirenConfig(hidden=64, hidden_layers=1),
+            inner_loop=InnerLoopConfig(**{"steps": 2, "points": 6, **inner_loop}),
             reader=ReaderConfig(blocks=1), loss=LossConfig(),
-            signal=SignalFacts(kind="image", channels=1, height=4, width=4, classes=("a", "b")),
+            signal=SignalFacts(kind="image", channels=1, height=size, width=size, classes=("a", "b")),
         )
     )  # fmt: skip
 
@@ -89,3 +117,307 @@ def test_a_step_by_hand() -> None:
     assert read["reconstruction_loss"] == losses.reconstruction.item()
     assert [read["norm_siren"], read["norm_alpha"], read["norm_reader"]] == norms.tolist()
     assert read["accuracy"] == pytest.approx((output.logits.argmax(-1) == batch.labels).float().mean().item())
+
+
+# ---- a step does not wait for the device -------------------------------------------------------------------------
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+READS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal",  # .item(), float(x), int(x), bool(x), if x.any()
+    "nonzero", "masked_select", "_unique2", "unique_dim",  # results whose size is on the device
+    "lift_fresh",  # torch.tensor(numbers): on a device a copy from memory that is not pinned, which waits
+}  # fmt: skip
+"""Operations that make the host wait for a CUDA device."""
+
+
+class Waited(AssertionError):
+    """Something in a step reads the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever would make the host wait for a CUDA device, also where tensors are on the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in tree_leaves(args[1:2])
+        )
+        if name in READS or masked:
+            self.refuse(name)
+        result = func(*args, **(kwargs or {}))
+        if len({x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}) > 1:
+            self.refuse(f"{name} between devices")
+        return result
+
+    @staticmethod
+    def refuse(what: str) -> None:
+        places = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()]
+        ours = [place for place in places if "/mwt/" in place or "/data_pipes/" in place or "/tests/" in place]
+        raise Waited(f"{what} at {ours[-3] if len(ours) > 2 else places[-3]}")
+
+
+def step_without_waiting(
+    augmentation: str, *, device: torch.device, precision: str = "fp32", size: int = 48, **inner_loop: Any
+) -> Meter:
+    """Two steps, from augmentation to meter; the second one under `NoWaiting`."""
+    with device:
+        model = build(size, **inner_loop)
+    optimizer, meter = make_optimizer(model, OptimConfig()), Meter(device)
+    count = {"device": device, "dtype": torch.int64}
+    images = torch.zeros(3, 1, size, size, dtype=torch.uint8, device=device)
+    batch = Batch(images=images, labels=torch.zeros(3, **count), positions=torch.arange(3, **count))
+
+    def backward(loss: Tensor) -> None:
+        if device.type == "cpu" or torch.cuda.is_available():
+            loss.backward()
+        else:  # without a CUDA device even fake tensors have no backward pass
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+    for step in (1, 2):
+        with NoWaiting() if step == 2 else nullcontext():
+            train_step(
+                model,
+                augment(batch, augmentation, seed=0, epoch=0),
+                step=step,
+                epoch=0,
+                seed=0,
+                inner_loop=model.config.inner_loop,
+                optimizer=optimizer,
+                clip_norm=1.0,
+                autocast=autocast(device, precision),
+                backward=backward,
+                unscale=lambda: None,
+                meter=meter,
+            )
+    return meter
+
+
+AUGMENTATIONS = ["none", "crop_flip", "coords", "affine_flip"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_no_step_reads_the_device(augmentation: str, precision: str) -> None:
+    """On the CPU, where everything is run, the backward pass too."""
+    meter = step_without_waiting(augmentation, device=CPU, precision=precision)
+    assert meter.read()["classification_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "inner_loop",
+    [{"points": None}, {"checkpoint": True}, {"engine": "func"}, {"engine": "higher"}, {"first_order": True}],
+    ids=str,
+)
+def test_no_step_reads_the_device_however_it_is_computed(inner_loop: dict[str, Any]) -> None:
+    assert step_without_waiting("none", device=CPU, size=8, **inner_loop).read()["reconstruction_loss"] > 0
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_no_step_copies_between_devices(augmentation: str) -> None:
+    """On fake tensors of a CUDA device, which need none: all but the backward pass."""
+    with FakeTensorMode():
+        meter = step_without_waiting(augmentation, device=CUDA)
+        assert meter._sums.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "curious",
+    [lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: bool((x > 0).any()), lambda x: x[x > 0],
+     lambda x: x.nonzero(), lambda x: torch.tensor([1, 2]), lambda x: torch.equal(x, x)],
+)  # fmt: skip
+def test_what_would_wait_is_noticed(curious: Any) -> None:
+    x = torch.ones(3)
+    with NoWaiting(), pytest.raises(Waited):
+        curious(x)
+
+
+def test_copies_between_devices_are_noticed() -> None:
+    with FakeTensorMode(), NoWaiting():
+        x = torch.zeros(3, device=CUDA)
+        with pytest.raises(Waited, match="between devices"):
+            x.cpu()
+        with pytest.raises(Waited):
+            x.tolist()
+        with pytest.raises(Waited, match="lift_fresh"):
+            torch.tensor([1, 2], device=CUDA)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_no_step_waits_for_a_gpu(augmentation: str) -> None:
+    """By torch's own watch, after a first step: libraries may wait once."""
+    model = build(48).to(CUDA)
+    optimizer, meter = make_optimizer(model, OptimConfig()), Meter(CUDA)
+    nought = torch.zeros(3, dtype=torch.int64, device=CUDA)
+    images = torch.zeros(3, 1, 48, 48, dtype=torch.uint8, device=CUDA)
+    batch = Batch(images=images, labels=nought, positions=nought)
+    try:
+        for step in (1, 2):
+            torch.cuda.set_sync_debug_mode("default" if step == 1 else "error")
+            train_step(
+                model, augment(batch, augmentation, seed=0, epoch=0), step=step, epoch=0, seed=0,
+                inner_loop=model.config.inner_loop, optimizer=optimizer, clip_norm=1.0,
+                autocast=autocast(CUDA, "bf16"), backward=Tensor.backward, unscale=lambda: None, meter=meter,
+            )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert meter.read()["classification_loss"] > 0
+
+
+# ---- the next batch is there before it is needed -----------------------------------------------------------------
+
+
+def make_batches(count: int, device: torch.device = CPU) -> Iterator[Batch]:
+    for i in range(count):
+        nought = torch.full((2,), i, device=device)
+        yield Batch(labels=nought, positions=nought, coords=torch.zeros(2, 5, 3), values=torch.zeros(2, 5, 4)[..., 3:])
+
+
+def test_batches_are_copied_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first batch is in use, the second is on the device already."""
+    copied: list[tuple[int, str]] = []
+    to = Batch.to
+
+    def noted(batch: Batch, device: torch.device) -> Batch:
+        copied.append((int(batch.labels[0]), threading.current_thread().name))
+        return to(batch, device)
+
+    monkeypatch.setattr(Batch, "to", noted)
+    batches = copied_ahead(make_batches(4), CPU)
+    assert int(next(batches).labels[0]) == 0
+    deadline = time.monotonic() + 20
+    while len(copied) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert copied[:2] == [(0, "prefetch"), (1, "prefetch")]
+    assert [int(batch.labels[0]) for batch in batches] == [1, 2, 3]
+
+
+def test_copies_to_a_gpu_are_pinned_beside_the_computation_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the calls, without a GPU: pin, copy and event on the copying stream; then the using stream waits."""
+    calls: list[str] = []
+    used = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            calls.append(f"event on {self.name}")
+            return "event"
+
+        def wait_event(self, event: str) -> None:
+            calls.append(f"{self.name} waits for {event}")
+
+    @contextmanager
+    def using(stream: Stream) -> Iterator[None]:
+        used.append(stream.name)
+        yield
+        used.pop()
+
+    def pin(tensor: Tensor) -> Tensor:
+        assert tensor.is_contiguous()  # anything else is copied from memory that is not pinned
+        calls.append("pin")
+        return tensor
+
+    def to(batch: Batch, device: torch.device) -> Batch:
+        calls.append(f"copy on {used[-1]}")
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "stream", using)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("computing"))
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: calls.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(Batch, "to", to)
+    monkeypatch.setattr(parallel, "prefetch", lambda items: items)  # one thread, for an order that is always the same
+    assert len(list(copied_ahead(make_batches(2), CUDA))) == 2
+    once = ["copy on copying", "event on copying", "computing waits for event"]
+    assert calls == 2 * [*4 * ["pin"], *once, *4 * ["kept for computing"]]
+
+
+@pytest.mark.gpu
+def test_batches_arrive_on_a_gpu_whole() -> None:
+    for i, batch in enumerate(copied_ahead(make_batches(50), CUDA)):
+        assert batch.labels.device.type == "cuda"
+        assert batch.labels.tolist() == [i, i]
+
+
+# ---- the state of a run ------------------------------------------------------------------------------------------
+
+
+def begin(epochs: int = 4) -> TrainingState:
+    config = load_config(ClassifyConfig, None, [f"optim.epochs={epochs}"])
+    return TrainingState.begin(build(), config, steps_per_epoch=5)
+
+
+def test_evaluations_are_due_after_epochs_and_once() -> None:
+    state = begin()
+    assert state.total_steps == 20
+    due = {every: [] for every in (1, 2)}
+    for state.step in range(21):
+        for every, steps in due.items():
+            if state.evaluation_due(every):
+                steps.append(state.step)
+    assert due == {1: [5, 10, 15, 20], 2: [10, 20]}
+    state.monitored_step = 20
+    assert not state.evaluation_due(1)
+    assert state.epoch == 4
+
+
+def test_time_and_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    state = begin()
+    state.seconds = 7.0  # of before a resumption
+    state.start_clock()
+    for state.step in (1, 2):
+        now += 2
+        state.stop_clock()
+        state.meter.add(state.step, numbers(*[1.0] * len(Meter.NAMES)))
+    line = state.numbers(8, CPU)
+    assert (line["seconds"], line["images_per_second"], line["accuracy"]) == (11.0, 4.0, 1.0)
+    assert line["lr_siren"] == state.optimizer.param_groups[0]["lr"]
+    assert line["peak_memory_gb"] > 0.01
+    now += 1
+    state.start_clock()  # an evaluation is not training
+    now += 4
+    state.step = 3
+    state.stop_clock()
+    line = state.numbers(8, CPU)
+    assert (line["seconds"], line["images_per_second"]) == (15.0, 2.0)
+
+
+def test_a_state_comes_back_whole(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config_yaml(ClassifyConfig()))
+    state = begin()
+    state.save(run, "last")  # of a process that is not the main one
+    assert not (run / "checkpoints").exists()
+    state.log = MetricsLog(run / "metrics.jsonl")
+    for parameter in state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    state.schedule.step()
+    state.meter.add(1, numbers(*[3.0] * len(Meter.NAMES)))
+    state.step, state.best, state.monitored_step, state.seconds = 5, 0.25, 5, 12.5
+    state.log.write(step=5, epoch=1.0, split="train")
+    state.save(run, "last")
+    state.log.write(step=6, epoch=1.2, split="train")
+
+    other = begin()
+    other.log = MetricsLog(run / "metrics.jsonl")
+    other.restore(run)
+    for name in ("step", "best", "monitored_step", "seconds"):
+        assert getattr(other, name) == getattr(state, name), name
+    assert other.schedule.state_dict() == state.schedule.state_dict()
+    assert other.meter.state() == state.meter.state()
+    for a, b in zip(other.model.parameters(), state.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(other.optimizer.state[a]["exp_avg"], state.optimizer.state[b]["exp_avg"])
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(InputError, match=r"train for 20 steps, this configuration asks for 15"):
+        begin(epochs=3).restore(run)
+    for log in (state.log, other.log):
+        log.close()

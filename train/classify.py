@@ -14,7 +14,7 @@ import argparse
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,20 @@ from tqdm import tqdm
 from data_pipes.augment import augment
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
-from mwt import runtime
-from mwt.checkpoint import find_checkpoint, resume, save_checkpoint
+from mwt import memory, runtime
+from mwt.checkpoint import find_checkpoint
 from mwt.config import DEBUG, ClassifyConfig, config_yaml, flat, list_configs, load_config, model_config
 from mwt.errors import InputError
 from mwt.evaluation import autocast, evaluate
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
-from mwt.optim import make_optimizer, make_schedule
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program
 from mwt.structs import Batch
-from mwt.tracking import MetricsLog, read_metrics
-from mwt.training import Meter, train_step
+from mwt.tracking import MetricsLog, last_training_table
+from mwt.training import train_step
+from mwt.training_state import TrainingState
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classify"
 
@@ -85,19 +85,10 @@ class Run:
     forward: Any
     """The model as accelerate prepared it."""
     optimizer: Any
-    schedule: torch.optim.lr_scheduler.OneCycleLR
-    steps_per_epoch: int
-    step: int = 0
-    best: float = -1.0
-    monitored_step: int = 0
-    """The step of the last evaluation."""
-    seconds: float = 0.0
-    """Time spent training, over all resumptions."""
-    log: MetricsLog | None = None
-    meter: Meter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.meter = Meter(self.accelerator.device, scaled_loss=self.config.run.precision == "fp16")
+    """The optimizer likewise."""
+    state: TrainingState
+    example: Batch
+    """One signal of the training split, augmented."""
 
     @property
     def directory(self) -> Path:
@@ -107,32 +98,19 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.config.optim.epochs
+        return self.state.total_steps
 
     def save(self, name: str) -> None:
         """A checkpoint, unless a step since the last one was not finite."""
-        self.meter.check()
-        meter, scaler = self.meter.state(), self.accelerator.scaler
-        if self.log is not None:
-            state = {
-                "step": self.step,
-                "total_steps": self.total_steps,
-                "best": self.best,
-                "monitored_step": self.monitored_step,
-                "seconds": self.seconds,
-                "meter": meter,
-                "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "metrics_position": self.log.position,
-            }
-            save_checkpoint(self.directory, name=name, model=self.model, optimizer=self.optimizer, state=state)
+        self.state.save(self.directory, name)
         self.accelerator.wait_for_everyone()
 
     def record(self, split: str, numbers: dict[str, float]) -> None:
         """A line of metrics.jsonl, and the same to the other trackers."""
-        if self.log is not None:
-            self.log.write(step=self.step, epoch=self.step / self.steps_per_epoch, split=split, **numbers)
-            self.accelerator.log({f"{split}/{key}": value for key, value in numbers.items()}, step=self.step)
+        state = self.state
+        if state.log is not None:
+            state.log.write(step=state.step, epoch=state.epoch, split=split, **numbers)
+            self.accelerator.log({f"{split}/{key}": value for key, value in numbers.items()}, step=state.step)
 
 
 def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> tuple[Split, Split | None]:
@@ -161,15 +139,13 @@ def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -
     """Data, model, optimizer and schedule, everything at its beginning."""
     device = accelerator.device
     train, monitored = open_data(config, info, accelerator)
-    for batch in train.batches(batch_size=1):  # refuses signals that the augmentation or the sampling cannot take
-        observe(prepare_batch(batch, config, epoch=0), config.inner_loop, seed=0)
-        break
+    example = prepare_batch(next(train.batches(batch_size=1)), config, epoch=0)
+    observe(example, config.inner_loop, seed=0)  # refuses signals that the sampling cannot take
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
-    optimizer = make_optimizer(model, config.optim)
     world = accelerator.num_processes
     steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
-    schedule = make_schedule(optimizer, config.optim, total_steps=steps_per_epoch * config.optim.epochs)
+    state = TrainingState.begin(model, config, steps_per_epoch=steps_per_epoch, scaler=accelerator.scaler)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -178,28 +154,10 @@ def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -
         may_choose=monitored is not None and monitored.name == "val" != config.data.test_split,
         model=model,
         forward=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        steps_per_epoch=steps_per_epoch,
+        optimizer=state.optimizer,
+        state=state,
+        example=example,
     )
-
-
-def restore(run: Run) -> None:
-    """Put the last checkpoint into a run."""
-    state = resume(find_checkpoint(run.directory), model=run.model, optimizer=run.optimizer)
-    if state["total_steps"] != run.total_steps:
-        raise InputError(
-            f"{run.directory} was to train for {state['total_steps']} steps, this configuration asks for "
-            f"{run.total_steps}; the schedule cannot be continued. Keep optim.epochs, data.batch_size and the data."
-        )
-    for name in ("step", "best", "seconds", "monitored_step"):
-        setattr(run, name, state[name])
-    run.meter.restore(state["meter"])
-    if run.accelerator.scaler is not None and state["scaler"]:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.schedule.load_state_dict(state["schedule"])
-    if run.log is not None:
-        run.log.truncate(state["metrics_position"])
 
 
 # ---- the outer loop ----------------------------------------------------------------------------------------------
@@ -207,7 +165,7 @@ def restore(run: Run) -> None:
 
 def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
     """The rest of one epoch; returns early where a stop was asked for."""
-    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
+    config, state, accelerator, device = run.config, run.state, run.accelerator, run.accelerator.device
     batches = run.train.batches(
         batch_size=config.data.batch_size // accelerator.num_processes,
         epoch=epoch,
@@ -216,17 +174,16 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
         drop_last=True,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        start=run.step - epoch * run.steps_per_epoch,
+        start=state.step - epoch * state.steps_per_epoch,
     )
-    before = run.seconds
-    began = saved_at = logged_at = time.monotonic()
-    logged_step = run.step
+    saved_at = time.monotonic()
+    state.start_clock()
     for batch in batches:
-        run.step += 1
+        state.step += 1
         train_step(
             run.forward,
             prepare_batch(batch, config, epoch=epoch),
-            step=run.step,
+            step=state.step,
             epoch=epoch,
             seed=config.run.seed,
             inner_loop=config.inner_loop,
@@ -235,22 +192,18 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
             autocast=autocast(device, config.run.precision),
             backward=accelerator.backward,
             unscale=lambda: accelerator.unscale_gradients(run.optimizer),
-            meter=run.meter,
+            meter=state.meter,
         )
         if not run.optimizer.step_was_skipped:
-            run.schedule.step()
+            state.schedule.step()
         bar.update(config.data.batch_size)
-        run.seconds = before + time.monotonic() - began
-        if run.step % config.run.log_every == 0 or run.step == run.total_steps:
-            numbers, now = run.meter.read(), time.monotonic()
-            numbers["images_per_second"] = (run.step - logged_step) * config.data.batch_size / (now - logged_at)
-            numbers["seconds"] = run.seconds
-            numbers["lr_siren"] = float(run.schedule.get_last_lr()[0])
-            logged_at, logged_step = now, run.step
+        state.stop_clock()
+        if state.step % config.run.log_every == 0 or state.step == run.total_steps:
+            numbers = state.numbers(config.data.batch_size, device)
             run.record(run.train.name, numbers)
             bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
         due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-        stopping, saving = stop.vote(run.step, device, save=due)
+        stopping, saving = stop.vote(state.step, device, save=due)
         if stopping:
             return
         if saving:
@@ -260,9 +213,8 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
 
 def monitor(run: Run) -> None:
     """After an epoch that asks for it, evaluate the monitored split, and keep the best model where that is allowed."""
-    epochs, rest = divmod(run.step, run.steps_per_epoch)
-    due = run.step and not rest and epochs % run.config.run.monitor_every == 0 and run.monitored_step != run.step
-    if run.monitored is None or not due:
+    state = run.state
+    if run.monitored is None or not state.evaluation_due(run.config.run.monitor_every):
         return
     batches = run.monitored.batches(
         batch_size=run.config.run.eval_batch_size,
@@ -270,10 +222,10 @@ def monitor(run: Run) -> None:
         world=run.accelerator.num_processes,
     )
     summary = evaluate(run.model, batches, precision=run.config.run.precision, whole_signal=False).summary()
-    run.monitored_step = run.step
+    state.monitored_step = state.step
     run.record(run.monitored.name, {key: value for key, value in summary.items() if isinstance(value, float)})
-    if run.may_choose and summary["accuracy"] > run.best:
-        run.best = summary["accuracy"]
+    if run.may_choose and summary["accuracy"] > state.best:
+        state.best = summary["accuracy"]
         run.save("best")
     run.save("last")  # the same step, with what the evaluation has added
 
@@ -283,7 +235,7 @@ def train(run: Run, stop: StopRequested) -> int:
     batch_size, main_process = run.config.data.batch_size, run.accelerator.is_main_process
     with tqdm(
         total=run.total_steps * batch_size,
-        initial=run.step * batch_size,
+        initial=run.state.step * batch_size,
         unit="image",
         unit_scale=True,
         disable=not main_process,
@@ -292,17 +244,17 @@ def train(run: Run, stop: StopRequested) -> int:
         mininterval=0.5,
     ) as bar:
         monitor(run)  # where a run died between an epoch's end and its evaluation
-        for epoch in range(run.step // run.steps_per_epoch, run.config.optim.epochs):
+        for epoch in range(run.state.step // run.state.steps_per_epoch, run.config.optim.epochs):
             train_epoch(run, epoch, bar, stop)
             run.save("last")
             monitor(run)
             if stop.vote(0, run.accelerator.device)[0]:
                 break
-    if run.step == run.total_steps:
+    if run.state.step == run.total_steps:
         return 0
     if main_process:
         print(
-            f"\nStopped at step {run.step} of {run.total_steps}; saved. Go on with:\n"
+            f"\nStopped at step {run.state.step} of {run.total_steps}; saved. Go on with:\n"
             f"    python -m train.classify --resume run.dir={run.directory}",
             file=sys.stderr,
         )
@@ -329,18 +281,25 @@ def describe(run: Run, compiled: bool) -> None:
     )
     if run.monitored is None:
         print("          no validation split: nothing is evaluated while training, and no `best` is chosen")
-    print(f"run       {run.directory}" + (f", going on at step {run.step}" if run.step else ""), flush=True)
+    world, device = run.accelerator.num_processes, run.accelerator.device
+    need = memory.estimate(
+        run.model.config,
+        run.example,
+        batch_size=config.data.batch_size // world,
+        precision=config.run.precision,
+        device=device,
+    )
+    room = memory.available(device, processes=world)
+    print(f"memory    {need.describe(room) if need else 'not known beforehand'}")
+    if need and (warning := need.warning(room)):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"run       {run.directory}" + (f", going on at step {run.state.step}" if run.state.step else ""), flush=True)
 
 
 def conclude(run: Run) -> None:
     """What came of it, and what to do next."""
-    rows = [row for row in read_metrics(run.directory / "metrics.jsonl") if "classification_loss" in row]
-    if rows:
-        step, loss, accuracy, mse = (
-            rows[-1][key] for key in ("step", "classification_loss", "accuracy", "reconstruction_loss")
-        )
-        print(f"\n{'step':>8} {'loss':>8} {'accuracy':>9} {'mse':>9}   (the last training batches)")
-        print(f"{step:>8} {loss:>8.4f} {accuracy:>9.4f} {mse:>9.5f}")
+    if table := last_training_table(run.directory / "metrics.jsonl"):
+        print(f"\n{table}")
     print(f"\nEvaluate with:  python -m eval.classify --run {run.directory}")
 
 
@@ -375,10 +334,10 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         if accelerator.is_main_process:
             open_run_directory(config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug)
-            run.log = stack.enter_context(closing(MetricsLog(run.directory / "metrics.jsonl")))
+            run.state.log = stack.enter_context(closing(MetricsLog(run.directory / "metrics.jsonl")))
         accelerator.wait_for_everyone()
         if arguments.resume:
-            restore(run)
+            run.state.restore(run.directory)
         compiled = runtime.compile_pays(config.run.compile, device, run.total_steps)
         if compiled:
             run.model.compile_parts()

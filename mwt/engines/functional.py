@@ -79,6 +79,8 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             outputs = ctx.function(*leaves)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        live = [pair for pair in zip(outputs, upstream, strict=True) if pair[0].requires_grad]  # the first loss may not
+        outputs, upstream = zip(*live, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, upstream, allow_unused=True))
         return None, *(next(found) if need else None for need in needed)
 

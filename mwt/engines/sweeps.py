@@ -13,8 +13,8 @@ by weights and head: reverse-mode differentiation by hand, of a chain that was i
 The error is a sum, not a mean: in half precision the gradient of a mean over 100,000 pixels underflows.
 
 Precision: `dtype` is that of the matrix products between layers and of what is kept for the backward sweep. Layer 0 is
-always in that of the coordinates (coordinates times omega need more digits than bf16 has), and so are errors, residuals
-and gradients.
+always in that of the coordinates (coordinates times omega need more digits than bf16 has), and so are errors and
+residuals. A gradient is rounded to `dtype` by its product and is in that of the coordinates from there on.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def backward_sweep(
 
 
 def _matched(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """x^T y over the points of each signal; where the weight has no batch, over the signals too. Full precision."""
+    """x^T y over the points of each signal; where the weight has no batch, over the signals too; as the weight."""
     if weight.ndim == 2:
         x, y = x.flatten(0, 1), y.flatten(0, 1)
     return (x.mT @ y).to(weight.dtype)

@@ -81,5 +81,9 @@ class TransformerReader(nn.Module):
         training = torch.is_grad_enabled()
         run = _compiled_block() if self.compiled and training else _run_block
         for block in self.blocks:
-            x = checkpoint(run, block, x, use_reentrant=False) if self.checkpoint and training else run(block, x)
+            x = (
+                checkpoint(run, block, x, use_reentrant=False, preserve_rng_state=False)
+                if self.checkpoint and training
+                else run(block, x)
+            )
         return self.logits(x.mean(dim=1))
