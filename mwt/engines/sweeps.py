@@ -232,7 +232,7 @@ def shared_forward_sweep(
         q = _mixed(e, m)
         if i:
             product = sin[i - 1].mT @ q.to(dtype).flatten(1)
-            weight_gradients.append(product.view(-1, *q.shape[1:]).transpose(0, 1).to(error.dtype))
+            weight_gradients.append(product.view(-1, *q.shape[1:]).transpose(0, 1).to(error.dtype).contiguous())
             bias_gradients.append(q.sum(0))
             u = m @ net.weights[i].to(dtype).mT
             upstream.append(u)
