@@ -50,6 +50,7 @@ check: .venv/installed-dev ## style, types, import rule, sizes
 
 bench: .venv/installed ## measure: a step against the paper's formulation, the engines, how cost grows (half an hour)
 	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.parts
 	$(PY) -m benchmarks.engines
 	$(PY) -m benchmarks.scaling
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import agreement, engines, measure, scaling, sides, step
+from benchmarks import agreement, engines, measure, parts, scaling, sides, step
 from benchmarks.cases import CASES, Case, parse_signal, read_case
 from mwt.engines import ENGINES
 from mwt.errors import InputError
@@ -422,3 +422,18 @@ def test_two_real_processes() -> None:
     [row] = scaling.measure_processes([2], precision="fp32", rounds=1, device=CPU)
     assert row["value"] == 2
     assert row["images_per_second"] == pytest.approx(2 * 16 / row["seconds"])
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+def test_parts_add_up_to_the_step(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parts.main(flags(tiny, "--precision", "fp32")) == 0
+    _, found = rows(capsys)
+    *pieces, step_row = found
+    assert [row["part"] for row in pieces][-1] == "rest"
+    assert step_row["part"] == "step"
+    assert step_row["share"] == 1
+    assert sum(row["milliseconds"] for row in pieces) == pytest.approx(step_row["milliseconds"])
+    # A step computes the fit and the reader, forward and back, and no product else.
+    assert sum(row["gflop"] for row in pieces) == pytest.approx(step_row["gflop"], rel=1e-6)
