@@ -87,6 +87,15 @@ class Observations:
             coords = self.coords.gather(1, index[..., None].expand(-1, -1, self.coords.shape[-1]))
         return coords, self.values.gather(1, index[..., None].expand(-1, -1, self.values.shape[-1]))
 
+    def signals(self, start: int, stop: int) -> Observations:
+        """Those of signals `start` up to `stop` of the batch."""
+        part = slice(start, stop)
+        return Observations(
+            coords=self.coords if self.coords.ndim == 2 else self.coords[part],
+            values=self.values[part],
+            index=None if self.index is None else self.index[part],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:

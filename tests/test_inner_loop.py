@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import paper
 from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, ReaderConfig, SirenConfig
-from mwt.engines.analytic import loss_and_gradient
+from mwt.engines import analytic
 from mwt.inner_loop import fit
 from mwt.losses import outer_losses
 from mwt.meta_sgd import MetaSGD
@@ -21,6 +21,7 @@ from mwt.model import MetaWeightTransformer
 from mwt.observe import grid, random_subsets
 from mwt.siren import LayerTensors, Siren
 from mwt.structs import Observations, SignalFacts
+from tests.inner_gradient import loss_and_gradient
 
 GOLDEN = Path(__file__).parent / "golden"
 B, K, C = 2, 3, 2
@@ -243,6 +244,30 @@ def test_a_signal_s_fit_does_not_depend_on_its_company() -> None:
     together = fit(siren, alpha, Observations(coords=coords, values=values), steps=3)
     alone = fit(siren, alpha, Observations(coords=coords, values=values[3:4]), steps=3)
     assert_equal("offsets", together.offsets[3:4], alone.offsets, 1e-12)
+
+
+@pytest.mark.parametrize("form", ["grid", "subset", "points"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_fitting_in_parts_changes_nothing(form: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and outer gradients of five signals fitted two or one at a time, and together."""
+    siren = tiny(width=8)
+    alpha = MetaSGD(InnerLoopConfig(steps=3), siren.adapted_size).double()
+    coords = torch.rand(*(5, 4, 9, 2) if form == "points" else (9, 2), dtype=torch.float64)
+    values = torch.rand(*(5, 4, 9, 3) if form == "points" else (5, 9, 3), dtype=torch.float64)
+    index = torch.rand(5, 4, 9).topk(6).indices if form == "subset" else None
+    options = InnerLoopConfig(steps=3, checkpoint=checkpoint)
+    results = []
+    for size, parts in ((2**40, [5]), (2 * 8 * 8 * coords.shape[-2], [1, 2, 2]), (1, [1] * 5)):
+        monkeypatch.setattr(analytic, "PART_BYTES", size)
+        assert analytic._sizes(siren, 5, coords) == parts
+        seen = Observations(coords=coords, values=values, index=index)
+        fitted = fit(siren, alpha, seen, steps=3, options=options)
+        loss = fitted.offsets.square().sum() + fitted.losses.sum() + fitted.prediction.square().sum()
+        gradients = torch.autograd.grad(loss, [*siren.parameters(), *alpha])
+        results.append([fitted.offsets, fitted.prediction, fitted.losses, *gradients])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 def with_rates(shared: bool) -> Callable[[int], Tensor]:

@@ -14,7 +14,7 @@ The error is a sum, not a mean: in half precision the gradient of a mean over 10
 
 Precision: `dtype` is that of the matrix products between layers and of what is kept for the backward sweep. Layer 0 is
 always in that of the coordinates (coordinates times omega need more digits than bf16 has), and so are errors and
-residuals. A gradient is rounded to `dtype` by its product and is in that of the coordinates from there on.
+residuals. A hidden layer's weight gradient is what its product gives, in `dtype`; the others are in full precision.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class States(NamedTuple):
     upstream: tuple[Tensor, ...]
 
 
-class Gradients(NamedTuple):
-    """Derivatives of the error by the sine layers, always with a batch: [B, in, H] and [B, H]."""
+class Layers(NamedTuple):
+    """Tensors in the form of the sine layers: gradients and what else is [B, in, H] and [B, H] for each."""
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
@@ -106,7 +106,7 @@ def _hidden(net: Network, coords: Tensor, omega: float, dtype: torch.dtype) -> t
 
 def forward_sweep(
     net: Network, coords: Tensor, values: Tensor, omega: float, dtype: torch.dtype
-) -> tuple[Tensor, Gradients, States]:
+) -> tuple[Tensor, Layers, States]:
     """Error [B] of each signal, its gradient, and the states.
 
     Args:
@@ -123,14 +123,14 @@ def forward_sweep(
     upstream, weight_gradients, bias_gradients = [u], [], []
     for i in range(len(sin) - 1, 0, -1):
         q = u * cos[i]
-        weight_gradients.append((sin[i - 1].mT @ q).to(error.dtype))
+        weight_gradients.append(sin[i - 1].mT @ q)
         bias_gradients.append(q.sum(-2, dtype=error.dtype))
         u = q @ net.weights[i].to(dtype).mT
         upstream.append(u)
     q = omega * (u.to(error.dtype) * cos[0])
     weight_gradients.append(_coords_times(coords, q))
     bias_gradients.append(q.sum(-2))
-    gradients = Gradients(tuple(weight_gradients[::-1]), tuple(bias_gradients[::-1]))
+    gradients = Layers(tuple(weight_gradients[::-1]), tuple(bias_gradients[::-1]))
     return error, gradients, States(tuple(sin), tuple(cos), tuple(upstream[::-1]))
 
 
@@ -142,7 +142,7 @@ def backward_sweep(
     dtype: torch.dtype,
     states: States,
     error_bar: Tensor,
-    bars: Gradients,
+    bars: Layers,
 ) -> Network:
     """Derivatives by every tensor of the network, of a loss whose derivatives by `forward_sweep`'s results are given.
 
@@ -208,6 +208,35 @@ def _outer(x: Tensor, y: Tensor) -> Tensor:
     return (x.flatten(0, -2).to(y.dtype).mT @ y.flatten(0, -2)).to(x.dtype)
 
 
+def render_sweep(net: Network, coords: Tensor, omega: float, dtype: torch.dtype) -> tuple[Tensor, States]:
+    """The values [B, P, C] of networks with a batch in their layers, and the states without `upstream`."""
+    sin, cos = _hidden(net, coords, omega, dtype)
+    prediction = (sin[-1] @ net.head_weight.to(dtype).mT + net.head_bias) * net.out_scale
+    return prediction, States(tuple(sin), tuple(cos), ())
+
+
+def render_backward_sweep(
+    net: Network, coords: Tensor, omega: float, dtype: torch.dtype, states: States, bar: Tensor
+) -> Network:
+    """Derivatives by every tensor of the network, of a loss whose derivative by the values is `bar` [B, P, C]."""
+    sin, cos, _ = states
+    head = net.head_weight.to(dtype)
+    f = sin[-1] @ head.mT + net.head_bias
+    f_bar = bar * net.out_scale
+    s_bar = f_bar.to(dtype) @ head
+    weight_bars, bias_bars = [], []
+    for i in range(len(sin) - 1, 0, -1):
+        z_bar = s_bar * cos[i]
+        bias_bars.append(z_bar.sum(-2, dtype=bar.dtype))
+        weight_bars.append((sin[i - 1].mT @ z_bar).to(bar.dtype))
+        s_bar = z_bar @ net.weights[i].to(dtype).mT
+    z_bar = omega * (s_bar.to(bar.dtype) * cos[0])
+    bias_bars.append(z_bar.sum(-2))
+    weight_bars.append(_coords_times(coords, z_bar))
+    head_bar, scale_bar = _outer(f_bar, sin[-1]), (bar * f).sum((0, 1))
+    return Network(tuple(weight_bars[::-1]), tuple(bias_bars[::-1]), head_bar, f_bar.sum((0, 1)), scale_bar)
+
+
 # ---- the first step, where every signal starts from the same base at the same points --------------------------------
 #
 # There s_i, c_i and the prediction have no batch, and u_i is linear in e, which has: u_i = sum over channels of e[c]
@@ -217,7 +246,7 @@ def _outer(x: Tensor, y: Tensor) -> Tensor:
 
 def shared_forward_sweep(
     net: Network, coords: Tensor, values: Tensor, omega: float, dtype: torch.dtype
-) -> tuple[Tensor, Gradients, States]:
+) -> tuple[Tensor, Layers, States]:
     """`forward_sweep` for layers without a batch and coords [P, D]; `upstream` holds U_i [channels, P, H]."""
     sin, cos = _hidden(net, coords, omega, dtype)
     head = net.head_weight.to(dtype)
@@ -232,14 +261,14 @@ def shared_forward_sweep(
         q = _mixed(e, m)
         if i:
             product = sin[i - 1].mT @ q.to(dtype).flatten(1)
-            weight_gradients.append(product.view(-1, *q.shape[1:]).transpose(0, 1).to(error.dtype).contiguous())
+            weight_gradients.append(product.view(-1, *q.shape[1:]).transpose(0, 1).contiguous())
             bias_gradients.append(q.sum(0))
             u = m @ net.weights[i].to(dtype).mT
             upstream.append(u)
     columns = [(coords[:, d, None, None] * q).sum(0) for d in range(coords.shape[-1])]
     weight_gradients.append(omega * torch.stack(columns, dim=1))
     bias_gradients.append(omega * q.sum(0))
-    gradients = Gradients(tuple(weight_gradients[::-1]), tuple(bias_gradients[::-1]))
+    gradients = Layers(tuple(weight_gradients[::-1]), tuple(bias_gradients[::-1]))
     return error, gradients, States(tuple(sin), tuple(cos), tuple(upstream[::-1]))
 
 
@@ -251,7 +280,7 @@ def shared_backward_sweep(
     dtype: torch.dtype,
     states: States,
     error_bar: Tensor,
-    bars: Gradients,
+    bars: Layers,
 ) -> Network:
     """`backward_sweep` for the same case."""
     sin, cos, upstream = states
