@@ -79,7 +79,7 @@ def run_jobs(runner: Runner, durations: dict[str, list[float]], after: Callable[
 
     The first Ctrl-C (or SIGTERM) ends the programs as they can be resumed, a second one kills them.
     """
-    total, asked = len(runner.waiting), None
+    total, ended, asked = len(runner.waiting), 0, None
     with tqdm(total=total, unit="job", dynamic_ncols=True, disable=None) as bar, StopRequested() as stop:
         try:
             while runner.children or (runner.waiting and not stop.signal):
@@ -92,8 +92,9 @@ def run_jobs(runner: Runner, durations: dict[str, list[float]], after: Callable[
                 for child in runner.reap(stopping=bool(stop.signal)):
                     if child.record["status"] == "done":
                         durations.setdefault(child.job.stage, []).append(child.record["seconds"])
-                    bar.update(child.record["status"] != "interrupted")
-                    bar.write(told_of(child, bar.n, total, runner.seconds_left(durations), runner.folder))
+                    ended += child.record["status"] != "interrupted"
+                    bar.update(ended - bar.n)
+                    bar.write(told_of(child, ended, total, runner.seconds_left(durations), runner.folder))
                     after()
                 bar.set_postfix_str(", ".join(child.job.label for child in runner.children)[:60])
                 time.sleep(0.05)
