@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def test_what_has_no_checkpoint_yet_begins_anew(toys: Path) -> None:
     ("old", "new", "said"),
     [
         ("columns:", "colums:", "Did you mean: 'columns'"),
-        ("resume_file: state.json", "resume_fil: state.json", "Did you mean: 'resume_file'"),
+        ("resume_file: state.json", "resume_fil: state.json", "Did you mean one of: 'resume_file'"),
         ("sweep: lr", "sweeep: lr", "Did you mean: 'sweep'"),
         ("path: share", "pth: share", "Did you mean: 'path'"),
         ("seeds: [0, 1],", "seeds: [one],", "one"),
@@ -502,6 +503,7 @@ TYPED = [
 ]  # fmt: skip
 
 
+@cache
 def cells_of(name: str, scale: str) -> list[Cell]:
     path = GRIDS / f"{name}.yaml"
     return expand(load_grid(path), path, scale, seeds=[0])
@@ -520,10 +522,7 @@ def test_every_grid_is_here() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", SIZES)
-def test_every_row_is_accepted_by_the_program_and_equal_ones_are_one(
-    name: str, scale: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_every_row_is_accepted_by_the_program_and_equal_ones_are_one(name: str, scale: str) -> None:
     cells = cells_of(name, scale)
     rows, trainings, default = SIZES[name]
     assert len(cells) == rows
@@ -551,8 +550,7 @@ def test_every_row_is_accepted_by_the_program_and_equal_ones_are_one(
 
 
 @pytest.mark.parametrize("row", TYPED, ids=lambda row: f"{row[0]}: {row[1]} {row[2]}")
-def test_a_row_has_the_paper_s_settings_and_figures(row: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_row_has_the_paper_s_settings_and_figures(row: tuple) -> None:
     name, group, label, wanted, accuracy, psnr = row
     (cell,) = [cell for cell in cells_of(name, "paper") if (cell.group, cell.label) == (group, label)]
     config = settings(cell)
@@ -566,8 +564,7 @@ def test_a_row_has_the_paper_s_settings_and_figures(row: tuple, monkeypatch: pyt
         assert (cell.paper["psnr"] or (0, None))[0] == psnr
 
 
-def test_rows_of_table_7_that_differ_in_the_reader_share_their_reconstruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_rows_of_table_7_that_differ_in_the_reader_share_their_reconstruction() -> None:
     cells = cells_of("table7", "paper")
     assert len({cell.jobs[0]["reconstruct"].id for cell in cells}) == 17
     for cell in cells:
