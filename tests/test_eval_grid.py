@@ -424,10 +424,13 @@ def test_values_and_numbers_as_they_stand_in_files() -> None:
 # ---- with the project's own programs -----------------------------------------------------------------------------
 
 
-def test_training_and_evaluation_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows and two seeds, four trainings and four evaluations; the table beside what the runs' files say."""
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_and_evaluation_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
+    """Two rows and two seeds, four trainings (and four evaluations); the table beside what the runs' files say."""
     monkeypatch.chdir(ROOT)
     path = tmp_path / "digits.yaml"
+    evaluate = '  evaluate: {program: eval.classify, arguments: [--run, "{train}", --no-curve], takes: []}'
+    file = "eval/classify.json" if evaluated else "metrics.jsonl"
     debug = ", ".join(item for item in DEBUG if "reader.blocks" not in item)
     path.write_text(
         f"""
@@ -437,26 +440,27 @@ scales:
   tiny: {{seeds: [0, 1], overrides: [siren.hidden=16, reader.head_dim=16, {debug}]}}
 stages:
   train: {{program: train.classify, overrides: ["run.seed={{seed}}", "run.dir={{dir}}"], resume: [--resume]}}
-  evaluate: {{program: eval.classify, arguments: [--run, "{{train}}", --no-curve], takes: []}}
+{evaluate if evaluated else ""}
 rows:
   - {{group: Blocks, sweep: reader.blocks, values: [1, 2], paper: {{accuracy: [50, 60]}}}}
   - {{group: The same, overrides: [reader.blocks=1, loss.classification_weight=0.01, run.log_every=1]}}
 columns:
-  accuracy: {{title: "accuracy, %", stage: train, file: eval/classify.json, path: accuracy, factor: 100}}
+  accuracy: {{title: "accuracy, %", stage: train, file: {file}, path: accuracy, factor: 100}}
   loss: {{title: loss, stage: train, file: metrics.jsonl, path: reconstruction_loss}}
 """
     )
     assert run(path, "--jobs", "2") == 0
     rows, records = table(path), job_records(path)
-    assert len(records) == 8
+    assert len(records) == (8 if evaluated else 4)
     for blocks in (1, 2):
         accuracies, losses = [], []
         for seed in (0, 1):
             folder = path.parent / "out" / "jobs" / records[f"Blocks: {blocks}, seed {seed}: train"]["id"]
             config = load_config(ClassifyConfig, folder / "config.yaml")
             assert (config.reader.blocks, config.run.seed, config.siren.hidden) == (blocks, seed, 16)
-            accuracies.append(100 * json.loads((folder / "eval" / "classify.json").read_text())["accuracy"])
-            losses.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["reconstruction_loss"])
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            accuracies.append(100 * (json.loads((folder / file).read_text()) if evaluated else last)["accuracy"])
+            losses.append(last["reconstruction_loss"])
         row = rows["Blocks", str(blocks)]
         assert float(row["accuracy_mean"]) == pytest.approx(sum(accuracies) / 2)
         assert float(row["accuracy_sd"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
