@@ -196,6 +196,11 @@ class RunConfig:
 
     dir: str = "runs/classify"
     seed: int = 0
+    stage: Literal["joint", "reconstruction", "classifier"] = "joint"
+    """What learns: all; SIREN and learned rates alone (the logged classification loss is then that of equal
+    probabilities); or the reader alone, on the fits of the frozen SIREN of `init_from` (the paper's table 7)."""
+    init_from: str | None = None
+    """A run directory whose SIREN and learned rates this run begins with (its `last` checkpoint)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: Literal["auto", "always", "never"] = "auto"
@@ -216,6 +221,11 @@ class RunConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))  # YAML brings a list
         unknown = set(self.trackers) - set(TRACKERS)
         _require(not unknown, f"run.trackers: {', '.join(unknown)} not known; there are {', '.join(TRACKERS)}.")
+        _require(
+            self.stage != "classifier" or self.init_from is not None,
+            "run.stage=classifier trains a reader on the fits of a SIREN that is there: name its run directory with "
+            "run.init_from (run.stage=reconstruction makes one).",
+        )
         _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
         _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
         for name in ("log_every", "monitor_every", "eval_batch_size"):

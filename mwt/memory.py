@@ -21,6 +21,7 @@ from mwt.errors import InputError
 from mwt.evaluation import autocast
 from mwt.model import MetaWeightTransformer
 from mwt.optim import make_optimizer
+from mwt.stages import begin_stage
 from mwt.structs import Batch
 from mwt.training import Meter, train_step
 
@@ -103,7 +104,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def estimate(
-    config: ModelConfig, example: Batch, *, batch_size: int, precision: str, device: torch.device
+    config: ModelConfig, example: Batch, *, batch_size: int, precision: str, device: torch.device, stage: str = "joint"
 ) -> MemoryEstimate | None:
     """Memory of a training step in one process, found without taking it, in about a second.
 
@@ -118,11 +119,12 @@ def estimate(
         example: any batch of the signals to train on; only the shapes beyond its first dimension count.
         batch_size: signals a step and process.
         precision: fp32, bf16 or fp16.
+        stage: of `mwt.stages`.
     """
     try:
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copies of modules do
-            return follow_step(config, example, batch_size=batch_size, precision=precision, device=device)
+            return follow_step(config, example, batch_size=batch_size, precision=precision, device=device, stage=stage)
     except InputError:
         raise
     except Exception:  # of any kind, from inside torch; what cannot be foretold may well be trained
@@ -130,15 +132,16 @@ def estimate(
 
 
 def follow_step(
-    config: ModelConfig, example: Batch, *, batch_size: int, precision: str, device: torch.device
+    config: ModelConfig, example: Batch, *, batch_size: int, precision: str, device: torch.device, stage: str = "joint"
 ) -> MemoryEstimate:
     """Run one step of a new model on zeros and say what it took; arguments as of `estimate`."""
     with LiveTensors() as tensors:
         with torch.device(device):
             model = MetaWeightTransformer(config)
+        begin_stage(model, stage)
         parameters = tensors.live
         optimizer = make_optimizer(model, OptimConfig())
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.grad = torch.zeros_like(parameter)
         gradients = tensors.live - parameters
         optimizer.step()  # makes the optimizer's state, which all but the first step find
@@ -154,7 +157,7 @@ def follow_step(
             loss.backward()
 
         train_step(
-            model.fit_and_read,
+            model,
             Batch(**zeros),
             step=1,
             epoch=0,

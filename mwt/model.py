@@ -24,7 +24,7 @@ from mwt.metrics import psnr
 from mwt.observe import grid, observe, whole
 from mwt.readers import READERS
 from mwt.siren import Siren
-from mwt.structs import Batch, Observations, Output
+from mwt.structs import Batch, Fit, Observations, Output
 from mwt.tokens import tokens
 
 BUILTIN = "builtin:"
@@ -93,6 +93,7 @@ class MetaWeightTransformer(
         self.alpha = MetaSGD(config.inner_loop, self.siren.adapted_size)
         if config.reader.name not in READERS:
             raise InputError(f"reader.name is {config.reader.name!r}; there are {', '.join(READERS)}.")
+        self.stage = "joint"  # set by `mwt.stages.begin_stage`
         hidden = config.siren.hidden
         self.reader = READERS[config.reader.name](
             config.reader,
@@ -102,11 +103,28 @@ class MetaWeightTransformer(
         )
 
     def forward(self, observations: Observations, steps: int | None = None) -> Output:
-        """`fit_and_read`; what a training step calls, through wrappers for compilation and several processes."""
+        """`fit_and_read`; what a training step calls, through wrappers for compilation and several processes.
+
+        In the stage `reconstruction` nothing is read: the logits are zeros, which say nothing.
+        """
+        if self.stage == "reconstruction":
+            fitted = self.fit(observations, steps)
+            return Output(
+                fit=fitted, logits=fitted.losses.new_zeros(len(fitted.losses), len(self.config.signal.classes))
+            )
         return self.fit_and_read(observations, steps)
 
     def fit_and_read(self, observations: Observations, steps: int | None = None) -> Output:
         """Fit and read a batch. The gradient that the reader sends into the fit is scaled by w_cls.
+
+        Arguments and errors as of `fit`.
+        """
+        fitted = self.fit(observations, steps)
+        offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
+        return Output(fit=fitted, logits=self.reader(tokens(self.siren, offsets)))
+
+    def fit(self, observations: Observations, steps: int | None = None) -> Fit:
+        """Fit the SIREN to a batch; without a graph in the stage `classifier`, where no gradient goes into the fit.
 
         Args:
             steps: inner steps, if other than trained: fewer, or, where the rates are shared, more.
@@ -122,9 +140,8 @@ class MetaWeightTransformer(
                 f"these have {channels} over {dims}."
             )
         steps = self.config.inner_loop.steps if steps is None else steps
-        fitted = fit(self.siren, self.alpha, observations, steps=steps, options=self.config.inner_loop)
-        offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
-        return Output(fit=fitted, logits=self.reader(tokens(self.siren, offsets)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "classifier"):
+            return fit(self.siren, self.alpha, observations, steps=steps, options=self.config.inner_loop)
 
     @torch.no_grad()
     def predict(self, images: UInt8[Tensor, "B C h w"] | UInt8[Tensor, "C h w"]) -> list[Prediction]:

@@ -33,4 +33,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, tota
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> torch.Tensor:
     """Clip each group's gradients to norm `max_norm` (None: not at all); returns the norms before it [groups]."""
     limit = float("inf") if max_norm is None else max_norm
-    return torch.stack([nn.utils.clip_grad_norm_(group["params"], limit) for group in optimizer.param_groups])
+    norms = []
+    for group in optimizer.param_groups:
+        parameters = group["params"]
+        norms.append(nn.utils.clip_grad_norm_(parameters, limit).to(parameters[0].device))  # frozen: 0, on the CPU
+    return torch.stack(norms)

@@ -36,7 +36,7 @@ class TrainingState:
     """Of the main process alone, which alone writes checkpoints."""
     step: int = 0
     best: float = -1.0
-    """Accuracy of the checkpoint `best`."""
+    """Accuracy of the checkpoint `best` (of a reconstruction alone: its negative squared error)."""
     monitored_step: int = 0
     """The step of the last evaluation."""
     seconds: float = 0.0

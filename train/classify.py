@@ -35,6 +35,7 @@ from mwt.observe import observe
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program
+from mwt.stages import LEARNS, begin_stage, load_field
 from mwt.structs import Batch
 from mwt.tracking import MetricsLog, last_training_table
 from mwt.training import train_step
@@ -143,6 +144,7 @@ def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -
     observe(example, config.inner_loop, seed=0)  # refuses signals that the sampling cannot take
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
+    begin_stage(model, config.run.stage)
     world = accelerator.num_processes
     steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
     state = TrainingState.begin(model, config, steps_per_epoch=steps_per_epoch, scaler=accelerator.scaler)
@@ -224,8 +226,9 @@ def monitor(run: Run) -> None:
     summary = evaluate(run.model, batches, precision=run.config.run.precision, whole_signal=False).summary()
     state.monitored_step = state.step
     run.record(run.monitored.name, {key: value for key, value in summary.items() if isinstance(value, float)})
-    if run.may_choose and summary["accuracy"] > state.best:
-        state.best = summary["accuracy"]
+    score = -summary["mse"] if run.config.run.stage == "reconstruction" else summary["accuracy"]
+    if run.may_choose and score > state.best:
+        state.best = score
         run.save("best")
     run.save("last")  # the same step, with what the evaluation has added
 
@@ -279,6 +282,9 @@ def describe(run: Run, compiled: bool) -> None:
         f"training  {config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size} on "
         f"{run.accelerator.device}, {config.run.precision}{', compiled' if compiled else ''}"
     )
+    if config.run.stage != "joint" or config.run.init_from:
+        begun = f", begun with the SIREN and alpha of {config.run.init_from}" if config.run.init_from else ""
+        print(f"stage     {config.run.stage}: {' and '.join(LEARNS[config.run.stage])} learn{begun}")
     if run.monitored is None:
         print("          no validation split: nothing is evaluated while training, and no `best` is chosen")
     world, device = run.accelerator.num_processes, run.accelerator.device
@@ -288,6 +294,7 @@ def describe(run: Run, compiled: bool) -> None:
         batch_size=config.data.batch_size // world,
         precision=config.run.precision,
         device=device,
+        stage=config.run.stage,
     )
     room = memory.available(device, processes=world)
     print(f"memory    {need.describe(room) if need else 'not known beforehand'}")
@@ -331,6 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         project_dir=config.run.dir,
     )
     run = build(config, info, accelerator)
+    if config.run.init_from and not arguments.resume:  # a resumed run has what it began with in its checkpoint
+        load_field(run.model, config.run.init_from)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             open_run_directory(config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug)

@@ -1,0 +1,162 @@
+"""A grid's YAML file: scales, stages, rows, columns and plots. `mwt.grid` makes jobs of it.
+
+In words and overrides, `{name}` stands for: `config` (the scale's), `seed`, `value` (of a sweep), an axis of a
+`product`, a key of `with`, `dir` (the job's own run directory), or the name of an earlier stage (its run directory).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mwt.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A program that is started once for every row and seed."""
+
+    program: str
+    """Started as `python -m PROGRAM`."""
+    arguments: list[str] = field(default_factory=list)
+    takes: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of the keys of a row's overrides that it is given; `!PATTERN` takes some out again."""
+    overrides: list[str] = field(default_factory=list)
+    """`key=value` of its own, which come last."""
+    resume: list[str] = field(default_factory=list)
+    """Words that make it go on with an interrupted run. Without them it starts anew."""
+    resume_file: str = "checkpoints/last.json"
+    """A file of its run directory without which there is nothing to go on with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleConfig:
+    """A size at which the whole grid can be run."""
+
+    config: str | None = None
+    """The programs' configuration, relative to the grid's file."""
+    overrides: list[str] = field(default_factory=list)
+    """Of every row; what the command line says and the row's own come after them."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    with_: dict[str, Any] = field(default_factory=dict)
+    """Placeholders that stand for something else at each scale; `with` in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """Some rows of the table: one, or one for each value of a key (`sweep`), or for each combination (`product`)."""
+
+    group: str
+    """What they have in common, as the table's first column says it."""
+    row: str | None = None
+    """The row's name in the second column; may hold `{value}` or axes, which it consists of unless it is given."""
+    labels: list[str] = field(default_factory=list)
+    """Names for the rows one by one, where `row` does not say it well."""
+    sweep: str | None = None
+    """A key that is set to each of `values`."""
+    values: Any = None
+    """A list, or one for each scale, the paper's first. `null` leaves the row out at that scale."""
+    product: dict[str, list[Any]] = field(default_factory=dict)
+    """Axes: every combination is a row, the last axis runs fastest."""
+    overrides: list[str] = field(default_factory=list)
+    with_: dict[str, Any] = field(default_factory=dict)
+    """Further placeholders; `with` in the file. A list has an entry for each row."""
+    paper: dict[str, Any] = field(default_factory=dict)
+    """For each column what the paper says: a number, "a ± b" or null, or a list of them with an entry for each row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnConfig:
+    """A number that every row and seed has."""
+
+    title: str
+    stage: str
+    """The stage in whose run directory the file is."""
+    file: str = ""
+    """A JSON file (may hold placeholders), or JSON lines, of which the last one that has the number counts. Empty:
+    what the grid itself knows of the job (`seconds`)."""
+    path: str
+    """Where the number is in it: keys and list positions with dots between them."""
+    per: str = ""
+    """Where the number is, likewise, that it is divided by."""
+    factor: float = 1.0
+    decimals: int = 2
+    average: bool = True
+    """Show mean ± sd over seeds; else the mean alone (times, memory)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """A figure of two columns against each other over the rows of one group, the paper's beside ours."""
+
+    name: str
+    group: str
+    x: str
+    y: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """A grid's YAML file."""
+
+    title: str
+    source: str
+    """Where the figures under `paper` are from."""
+    notes: str = ""
+    """Printed below the table."""
+    scales: dict[str, ScaleConfig]
+    stages: dict[str, StageConfig]
+    rows: list[RowsConfig]
+    columns: dict[str, ColumnConfig]
+    plots: list[PlotConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, column in self.columns.items():
+            if column.stage not in self.stages:
+                raise InputError(f"columns.{name}.stage is {column.stage!r}; the stages are {', '.join(self.stages)}.")
+        for block in self.rows:
+            for name in block.paper:
+                if name not in self.columns:
+                    raise InputError(f"rows, {block.group!r}: paper has {name!r}, but no column is called so.")
+            if block.sweep and block.product:
+                raise InputError(f"rows, {block.group!r}: give a sweep or a product, not both.")
+        for plot in self.plots:
+            for what, names in ((plot.x, self.columns), (plot.y, self.columns), (plot.group, self.groups())):
+                if what not in names:
+                    raise InputError(f"plots, {plot.name!r}: there is no {what!r}; there are {', '.join(names)}.")
+
+    def groups(self) -> list[str]:
+        """The groups in the order of the file, each once."""
+        return list(dict.fromkeys(block.group for block in self.rows))
+
+
+def load_grid(path: Path) -> GridConfig:
+    """A grid's YAML file.
+
+    Raises:
+        InputError: no such file, no YAML, an unknown key (with a suggestion) or a wrong type.
+    """
+    if not path.is_file():
+        raise InputError(f"No grid at {path}; those that come with the project are in configs/grids.")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # PyYAML raises many kinds
+        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    known = {item.name.rstrip("_") for item in dataclasses.fields(GridConfig)}
+    if not isinstance(content, DictConfig) or not known & set(content):
+        raise InputError(f"{path} is not a grid: it has none of the keys {', '.join(sorted(known))}.")
+    try:
+        for block in (*(content.get("rows") or ()), *(content.get("scales") or {}).values()):
+            if "with" in block:  # a word that Python keeps for itself
+                block["with_"] = block.pop("with")
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GridConfig), content))  # type: ignore[return-value]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # OmegaConf's, which are of many kinds
+        key = getattr(error, "full_key", None)
+        where = f" (at {key})" if key else ""
+        raise InputError(f"{path}: {str(error).splitlines()[0]}{where}") from error

@@ -1,0 +1,185 @@
+"""The jobs of a grid as processes: started, watched, stopped, and recorded beside their run directories."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mwt.errors import InputError
+from mwt.grid import Job
+from mwt.grid_table import read_record
+from mwt.runtime import write_json
+
+GRACE = 120.0
+"""Seconds that a program has to save and end after SIGTERM before it is killed."""
+
+
+@dataclass(kw_only=True)
+class Child:
+    """A job while it runs."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    record: dict[str, Any]
+    began: float
+    log: IO[bytes]
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Starts jobs, as many at a time as there are slots, and keeps their records."""
+
+    folder: Path
+    """Where run directories, logs and records are."""
+    slots: int
+    lock: int
+    """A file that the children hold open too: as long as one of them lives, no other runner may use the folder."""
+    waiting: list[Job]
+    children: list[Child] = field(default_factory=list)
+    failed: list[Job] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for job in self.waiting:  # done before, but what it was made from is made again
+            if (record := read_record(self.folder, job)).get("status") == "done":
+                write_json(self.folder / f"{job.id}.json", record | {"status": "outdated"})
+
+    def start(self, job: Job) -> None:
+        """Start a job, or go on with it."""
+        place, record = self.folder / job.id, read_record(self.folder, job)
+        words = job.arguments(self.folder)
+        if job.resume and (place / job.resume_file).is_file():
+            words += job.resume
+        elif place.exists():
+            shutil.rmtree(place)  # what an interrupted attempt left without a checkpoint
+        command = [sys.executable, "-m", job.program, *words]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = {name: str(max(1, cores // self.slots)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        log = (self.folder / f"{job.id}.log").open("ab")
+        log.write(f"$ {shlex.join(command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=threads | dict(os.environ),
+            start_new_session=True,  # Ctrl-C is the runner's to pass on
+            pass_fds=(self.lock,),
+        )
+        record = {
+            "status": "running",
+            "label": job.label,
+            "command": command,
+            "pid": process.pid,
+            "attempts": record.get("attempts", 0) + 1,
+            "seconds": record.get("seconds", 0.0) if words[-len(job.resume) :] == list(job.resume) else 0.0,
+        }
+        write_json(self.folder / f"{job.id}.json", record)
+        self.children.append(Child(job=job, process=process, record=record, began=time.monotonic(), log=log))
+
+    def fill(self) -> None:
+        """Start what can be started; what needs a failed job never can."""
+        lost = {job.id for job in self.failed}
+        for job in list(self.waiting):
+            if lost & set(job.needs):
+                self.waiting.remove(job)
+                lost.add(job.id)
+        for job in list(self.waiting):
+            if len(self.children) >= self.slots:
+                return
+            open_ids = {child.job.id for child in self.children} | {other.id for other in self.waiting}
+            if not open_ids & set(job.needs):
+                self.waiting.remove(job)
+                self.start(job)
+
+    def reap(self, *, stopping: bool) -> list[Child]:
+        """Records of those that have ended since; returns them."""
+        ended = [child for child in self.children if child.process.poll() is not None]
+        for child in ended:
+            status = child.process.returncode
+            child.record |= {
+                "status": "done" if status == 0 else "interrupted" if stopping else "failed",
+                "exit": status,
+                "seconds": round(child.record["seconds"] + time.monotonic() - child.began, 3),
+            }
+            child.log.close()
+            write_json(self.folder / f"{child.job.id}.json", child.record)
+            self.children.remove(child)
+            if child.record["status"] == "failed":
+                self.failed.append(child.job)
+        return ended
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all that run, with what they have started."""
+        for child in self.children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.process.pid, number)
+
+    def seconds_left(self, durations: dict[str, list[float]]) -> float | None:
+        """An estimate from what jobs of the same stage have taken; None while there is nothing to go by."""
+        if not any(durations.values()):
+            return None
+        overall = statistics.fmean([s for times in durations.values() for s in times])
+        usual = {stage: statistics.fmean(times) for stage, times in durations.items() if times}
+        left = sum(usual.get(job.stage, overall) for job in self.waiting)
+        now = time.monotonic()
+        for child in self.children:
+            left += max(0.0, usual.get(child.job.stage, overall) - (now - child.began))
+        return left / self.slots
+
+    def stop(self, since: float | None) -> float:
+        """Ask all that run to end, once; kill what has not after GRACE. Returns since when they have been asked."""
+        if since is None:
+            self.signal(signal.SIGTERM)
+            return time.monotonic()
+        if time.monotonic() - since > GRACE:
+            self.signal(signal.SIGKILL)
+        return since
+
+    def kill(self) -> None:
+        """End at once whatever still runs."""
+        self.signal(signal.SIGKILL)
+        for child in self.children:
+            child.process.wait()
+        self.reap(stopping=True)
+
+
+@contextmanager
+def own_folder(out: Path) -> Iterator[int]:
+    """A lock on the grid's folder, which the programs it starts inherit.
+
+    Raises:
+        InputError: another runner is at work there, or a program that a killed one has left behind.
+    """
+    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{out} is in use: another eval.grid runs there, or a program that a killed one has started still "
+                f"does{_left_running(out / 'jobs')}. Wait for it, or end it; then the same command goes on."
+            ) from error
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _left_running(jobs: Path) -> str:
+    """Process numbers of what the records say is running."""
+    found = [json.loads(path.read_text()) for path in jobs.glob("*.json")]
+    running = [record for record in found if record["status"] == "running"]
+    return f" (process {', '.join(str(record['pid']) for record in running)})" if running else ""

@@ -1,0 +1,218 @@
+"""The table of a grid: numbers from the run directories, beside those of the paper, as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mwt.errors import InputError
+from mwt.grid import JOBS, Cell, Job
+from mwt.grid_config import ColumnConfig, GridConfig, PlotConfig
+from mwt.tracking import read_metrics
+
+Record = dict[str, Any]
+"""What is known of a job: `status` (done, failed, interrupted), `seconds`, `exit`, …; empty before it is started."""
+
+
+def read_record(jobs: Path, job: Job) -> Record:
+    """What is known of a job.
+
+    Raises:
+        InputError: its file is damaged.
+    """
+    path = jobs / f"{job.id}.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path} is not readable as JSON ({error}); remove it, and the job is done again.") from error
+
+
+def finished(jobs: Path, job: Job) -> bool:
+    """Whether a job is done and what it has made is still there."""
+    folder = jobs / job.id
+    makes_a_folder = any(f"{JOBS}/{job.id}" in word for word in job.words)
+    return read_record(jobs, job).get("status") == "done" and (folder.is_dir() or not makes_a_folder)
+
+
+def look_up(content: Any, path: str) -> float | None:
+    """The number at a dotted path in what JSON brought; None where there is none."""
+    for key in path.split("."):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+        elif isinstance(content, list) and key.lstrip("-").isdigit() and -len(content) <= int(key) < len(content):
+            content = content[int(key)]
+        else:
+            return None
+    return float(content) if isinstance(content, (int, float)) else None
+
+
+def measure(column: ColumnConfig, file: str, job: Job, jobs: Path) -> float | None:
+    """The number of a column for a job whose stage it names; None where the file or the number is not there."""
+    path = jobs / job.id / file
+    if not file:
+        contents: list[Any] = [read_record(jobs, job)]
+    elif file.endswith(".jsonl"):
+        contents = list(reversed(read_metrics(path)))
+    else:
+        try:
+            contents = [json.loads(path.read_text())]
+        except (OSError, ValueError):
+            contents = []
+    for content in contents:
+        value, divisor = look_up(content, column.path), look_up(content, column.per) if column.per else 1.0
+        if value is not None and divisor:
+            return value / divisor * column.factor
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table as far as its jobs are done."""
+
+    cell: Cell
+    values: dict[str, dict[int, float]]
+    """By column and seed; only of seeds whose stages are all done."""
+    problems: tuple[str, ...]
+    """What failed, or is missing, in words."""
+    open: tuple[int, ...]
+    """Seeds that are neither done nor failed."""
+
+    def mean(self, column: str) -> float | None:
+        """Over seeds; None without any."""
+        return statistics.fmean(numbers) if (numbers := self.values[column].values()) else None
+
+    def deviation(self, column: str) -> float | None:
+        """The sample's (n - 1); None for fewer than two seeds."""
+        return statistics.stdev(numbers) if len(numbers := self.values[column].values()) > 1 else None
+
+
+def collect(grid: GridConfig, cells: list[Cell], jobs: Path) -> list[Row]:
+    """The rows, from the records and run directories in `jobs`."""
+    return [_row(grid, cell, jobs) for cell in cells]
+
+
+def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
+    values: dict[str, dict[int, float]] = {name: {} for name in grid.columns}
+    problems, pending = [], []
+    for seed, chain in cell.jobs.items():
+        failed = [job for job in chain.values() if read_record(jobs, job).get("status") == "failed"]
+        if failed:
+            job = failed[0]
+            status = read_record(jobs, job).get("exit")
+            problems.append(f"seed {seed}: {job.stage} failed with status {status}, see jobs/{job.id}.log")
+        elif not all(finished(jobs, job) for job in chain.values()):
+            pending.append(seed)
+        else:
+            for name, column in grid.columns.items():
+                file = column.file.format_map(cell.names)
+                number = measure(column, file, chain[column.stage], jobs)
+                if number is None:
+                    problems.append(f"seed {seed}: no {column.path} in {chain[column.stage].id}/{file}")
+                else:
+                    values[name][seed] = number
+    return Row(cell=cell, values=values, problems=tuple(problems), open=tuple(pending))
+
+
+def points(rows: list[Row], plot: PlotConfig) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """The paper's curve and ours for a plot: label, x and y of each row of its group that has both."""
+    paper, ours = [], []
+    for row in (row for row in rows if row.cell.group == plot.group):
+        theirs = [row.cell.paper.get(name) for name in (plot.x, plot.y)]
+        if theirs[0] and theirs[1]:
+            paper.append((row.cell.label, theirs[0][0], theirs[1][0]))
+        x, y = row.mean(plot.x), row.mean(plot.y)
+        if x is not None and y is not None:
+            ours.append((row.cell.label, x, y))
+    return [("paper", paper), ("ours", ours)]
+
+
+# ---- as files ----------------------------------------------------------------------------------------------------
+
+
+def records(grid: GridConfig, rows: list[Row]) -> list[dict[str, Any]]:
+    """The table as flat records: for each column the paper's mean and sd, ours, and every seed's number."""
+    seeds = sorted({seed for row in rows for seed in row.cell.jobs})
+    table = []
+    for row in rows:
+        record: dict[str, Any] = {"group": row.cell.group, "row": row.cell.label, "name": row.cell.name}
+        for column in grid.columns:
+            paper = row.cell.paper.get(column) or (None, None)
+            record |= {f"{column}_paper": paper[0], f"{column}_paper_sd": paper[1]}
+            record |= {f"{column}_mean": row.mean(column), f"{column}_sd": row.deviation(column)}
+            record |= {f"{column}_seed{seed}": row.values[column].get(seed) for seed in seeds}
+        record["problems"] = "; ".join(row.problems)
+        record["open"] = " ".join(map(str, row.open))
+        table.append(record)
+    return table
+
+
+def as_csv(table: list[dict[str, Any]]) -> str:
+    """Records as CSV; empty where there is no number."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(table[0]) if table else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return stream.getvalue()
+
+
+def number(mean: float | None, deviation: float | None, decimals: int) -> str:
+    """12.34 ± 0.56, 12.34, or a dash."""
+    if mean is None:
+        return "–"
+    return f"{mean:.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
+
+
+def as_lines(grid: GridConfig, rows: list[Row]) -> list[list[str]]:
+    """The table as words, its head first. A column has the paper's figures beside it where the paper has any."""
+    with_paper = {name for name in grid.columns if any(row.cell.paper.get(name) for row in rows)}
+    head = ["", ""]
+    for name, column in grid.columns.items():
+        head += [f"{column.title}: paper", f"{column.title}: ours"] if name in with_paper else [column.title]
+    lines = [[*head, "seeds"]]
+    for row in rows:
+        line = [row.cell.group, row.cell.label]
+        for name, column in grid.columns.items():
+            if name in with_paper:
+                mean, deviation = row.cell.paper.get(name) or (None, None)
+                line.append(number(mean, deviation, column.decimals))
+            line.append(number(row.mean(name), row.deviation(name) if column.average else None, column.decimals))
+        failed, total = len(row.problems), len(row.cell.jobs)
+        done = total - failed - len(row.open)
+        state = str(done) if done == total else f"{done} of {total}"
+        lines.append([*line, state + (f", {failed} FAILED" if failed else "")])
+    return lines
+
+
+def as_markdown(grid: GridConfig, rows: list[Row], *, heading: str, remarks: list[str]) -> str:
+    """The table with its source, what failed, and remarks."""
+    head, *lines = as_lines(grid, rows)
+    alignment = ["---", "---", *["--:"] * (len(head) - 3), "---"]
+    shown = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (head, alignment, *lines)
+    )
+    parts = [f"# {heading}", f"Paper: {grid.source}. Ours: mean ± sample standard deviation over seeds.", shown]
+    if problems := [f"- {row.cell.name}, {problem}" for row in rows for problem in row.problems]:
+        parts.append("Failed:\n\n" + "\n".join(problems))
+    parts += [grid.notes.strip()] if grid.notes.strip() else []
+    return "\n\n".join([*parts, *remarks]) + "\n"
+
+
+def as_text(grid: GridConfig, rows: list[Row]) -> str:
+    """The table for a terminal."""
+    lines = as_lines(grid, rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+
+    def padded(line: list[str]) -> str:
+        names, numbers = zip(line[:2], widths, strict=False), zip(line[2:], widths[2:], strict=True)
+        return "  ".join(
+            [*(word.ljust(width) for word, width in names), *(word.rjust(width) for word, width in numbers)]
+        )
+
+    return "\n".join(padded(line).rstrip() for line in lines)

@@ -1,0 +1,70 @@
+"""The stages of training: what learns, and what a later stage takes from an earlier run.
+
+    joint            everything at once (the paper's MWT and, with w_cls = 0, its WT)
+    reconstruction   SIREN and learned rates alone, by the reconstruction loss; the reader takes no part
+    classifier       the reader alone, on the fits of a SIREN that stays as it is
+
+The last two after one another are the sequential WT (Gielisse and van Gemert, CVPR 2025, table 7).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mwt.checkpoint import find_checkpoint, load_model
+from mwt.config import ModelConfig
+from mwt.errors import InputError
+from mwt.model import MetaWeightTransformer
+
+LEARNS = {
+    "joint": ("siren", "alpha", "reader"),
+    "reconstruction": ("siren", "alpha"),
+    "classifier": ("reader",),
+}
+"""Which groups of parameters learn in each stage."""
+
+
+def begin_stage(model: MetaWeightTransformer, stage: str) -> None:
+    """Freeze what does not learn in `stage`: it gets no gradient, so no update and no weight decay either.
+
+    Call it before the model is given to an optimizer or wrapped for several processes.
+    """
+    model.stage = stage
+    for name, parameters in model.parameter_groups().items():
+        for parameter in parameters:
+            parameter.requires_grad_(name in LEARNS[stage])
+
+
+def _fits(config: ModelConfig) -> dict[str, Any]:
+    """What two models must have in common for one to take the SIREN and the learned rates of the other."""
+    siren, inner, signal = config.siren, config.inner_loop, config.signal
+    return {
+        "siren.hidden": siren.hidden,
+        "siren.hidden_layers": siren.hidden_layers,
+        "siren.omega": siren.omega,
+        "inner_loop.steps": inner.steps,
+        "inner_loop.shared_alpha": inner.shared_alpha,
+        "inner_loop.optimizer": inner.optimizer,
+        "the signals' channels": signal.channels,
+        "the signals' coordinates": signal.coordinate_dims,
+    }
+
+
+def load_field(model: MetaWeightTransformer, run: Path | str) -> None:
+    """Put the SIREN and the learned rates of a run's last checkpoint into `model`; its reader stays as it is.
+
+    Raises:
+        InputError: no run directory, no checkpoint, a damaged file, or another architecture; names what differs.
+    """
+    folder = find_checkpoint(Path(run))
+    trained = load_model(folder)
+    ours, theirs = _fits(model.config), _fits(trained.config)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise InputError(
+                f"run.init_from: the SIREN of {run} does not fit: {name} is {theirs[name]!r} there and {value!r} here. "
+                "Set it as it is there, or take the SIREN of another run."
+            )
+    model.siren.load_state_dict(trained.siren.state_dict())
+    model.alpha.load_state_dict(trained.alpha.state_dict())

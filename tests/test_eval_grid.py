@@ -1,0 +1,591 @@
+"""eval.grid: what it starts, skips, resumes and records, with real processes; its tables, recomputed by hand from the
+files of the jobs; and every grid of the project, beside figures typed from the paper."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from eval import grid as program
+from mwt.config import DEBUG, ClassifyConfig, load_config
+from mwt.errors import InputError
+from mwt.grid import Cell, expand, published
+from mwt.grid_config import load_grid
+from mwt.grid_table import look_up
+from mwt.runtime import run_program
+
+ROOT = Path(__file__).parents[1]
+GRIDS = ROOT / "configs" / "grids"
+
+# Counts steps, one line each, saves after every one, goes on where it was, and leaves a number.
+TOY = """
+import json, pathlib, signal, sys, time
+options = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+run = pathlib.Path(options["run.dir"])
+resuming = "--resume" in sys.argv
+run.mkdir(parents=True, exist_ok=resuming)
+step = json.loads((run / "state.json").read_text())["step"] if resuming else 0
+def stop(*_):
+    print("stopped"); sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+while step < int(options["steps"]):
+    with (run / "steps").open("a") as file:
+        file.write(f"{step + 1}\\n")
+    step += 1
+    (run / "state.json.new").write_text(json.dumps({"step": step}))
+    (run / "state.json.new").rename(run / "state.json")
+    time.sleep(float(options.get("pause", 0)))
+if options.get("fail") == "true":
+    print("there is no more sand"); sys.exit(3)
+score = 10 * float(options["lr"]) + int(options["run.seed"]) ** 2
+(run / "result.json").write_text(json.dumps({"score": {"mean": score}, "rows": [1, {"x": 7}]}))
+with (run / "log.jsonl").open("w") as file:
+    file.write('{"seconds": 1, "epoch": 1}\\n{"seconds": 6, "epoch": 3}\\n{"other": 0}\\n')
+"""
+JUDGE = """
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1])
+score = json.loads((run / "result.json").read_text())["score"]["mean"]
+(run / "judged.json").write_text(json.dumps({"share": score / 200}))
+"""
+TOYS = """
+title: Toys
+source: Toy (2026), table 1
+scales:
+  small: {seeds: [0, 1], overrides: [steps=3]}
+  large: {seeds: [0, 1, 2], overrides: [steps=5]}
+stages:
+  make:
+    program: toy
+    overrides: ["run.seed={seed}", "run.dir={dir}"]
+    resume: [--resume]
+    resume_file: state.json
+  judge: {program: judge, arguments: ["{make}"], takes: []}
+rows:
+  - {group: Rate, sweep: lr, values: [0.1, 0.3], paper: {score: [1.5, 3.5 ± 0.2], percent: [null, 2]}}
+  - {group: Default, row: again, overrides: [lr=0.1]}
+columns:
+  score: {title: score, stage: make, file: result.json, path: score.mean}
+  percent: {title: "percent", stage: make, file: judged.json, path: share, factor: 100}
+  pace: {title: pace, stage: make, file: log.jsonl, path: seconds, per: epoch, average: false, decimals: 1}
+  wall: {title: "wall, s", stage: make, path: seconds, average: false}
+plots:
+  - {name: tradeoff, group: Rate, x: percent, y: score}
+"""
+
+
+@pytest.fixture
+def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A grid of toy programs, in a folder of its own."""
+    (tmp_path / "toy.py").write_text(TOY)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = tmp_path / "toys.yaml"
+    path.write_text(TOYS)
+    return path
+
+
+def run(path: Path, *arguments: str) -> int:
+    return program.main(["--config", str(path), "--out", str(path.parent / "out"), *arguments])
+
+
+def job_records(path: Path) -> dict[str, dict[str, Any]]:
+    """By label."""
+    files = (path.parent / "out" / "jobs").glob("*.json")
+    return {record["label"]: record | {"id": file.stem} for file in files for record in [json.loads(file.read_text())]}
+
+
+def table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (path.parent / "out" / "table.csv").open(newline="") as file:
+        return {(row["group"], row["row"]): row for row in csv.DictReader(file)}
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+# ---- what it does ------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(toys, "--jobs", "2") == 0
+    said = capsys.readouterr()
+    records = job_records(toys)
+    started = [f"Rate: {lr}, seed {seed}" for lr in (0.1, 0.3) for seed in (0, 1)]
+    assert set(records) == {f"{name}: {stage}" for name in started for stage in ("make", "judge")}
+    assert {(record["status"], record["exit"], record["attempts"]) for record in records.values()} == {("done", 0, 1)}
+    rows = table(toys)
+    assert list(rows) == [("Rate", "0.1"), ("Rate", "0.3"), ("Default", "again")]
+    jobs = toys.parent / "out" / "jobs"
+    for lr, row in ((0.1, rows["Rate", "0.1"]), (0.3, rows["Rate", "0.3"]), (0.1, rows["Default", "again"])):
+        folders = [jobs / records[f"Rate: {lr}, seed {seed}: make"]["id"] for seed in (0, 1)]
+        scores = [json.loads((folder / "result.json").read_text())["score"]["mean"] for folder in folders]
+        assert scores == pytest.approx([10 * lr, 10 * lr + 1])
+        assert [float(row[f"score_seed{seed}"]) for seed in (0, 1)] == pytest.approx(scores)
+        assert float(row["score_mean"]) == pytest.approx(sum(scores) / 2)
+        assert float(row["score_sd"]) == pytest.approx(statistics.stdev(scores)) == pytest.approx(0.5**0.5)
+        assert float(row["percent_mean"]) == pytest.approx(sum(scores) / 2 / 200 * 100)
+        assert float(row["pace_mean"]) == 2.0  # 6 s in 3 epochs: the last line that has both
+        walls = [records[f"Rate: {lr}, seed {seed}: make"]["seconds"] for seed in (0, 1)]
+        assert float(row["wall_mean"]) == pytest.approx(sum(walls) / 2)
+        assert (row["problems"], row["open"]) == ("", "")
+    assert (rows["Rate", "0.3"]["score_paper"], rows["Rate", "0.3"]["score_paper_sd"]) == ("3.5", "0.2")
+    text = (toys.parent / "out" / "table.md").read_text()
+    assert "# Toys (scale small)" in text
+    assert "Paper: Toy (2026), table 1." in text
+    assert "| Rate | 0.1 | 1.50 | 1.50 ± 0.71 | – | 0.75 ± 0.35 | 2.0 |" in text
+    assert "| Rate | 0.3 | 3.50 ± 0.20 | 3.50 ± 0.71 | 2.00 | 1.75 ± 0.35 | 2.0 |" in text
+    assert "8 of 8 jobs done" in text
+    assert json.loads((toys.parent / "out" / "table.json").read_text())[0]["score_mean"] == pytest.approx(1.5)
+    with Image.open(toys.parent / "out" / "tradeoff.png") as image:
+        assert image.size[0] > image.size[1] > 300  # two panels
+    assert "[8/8]" in said.out
+    assert "3.50 ± 0.71" in said.out
+
+
+def test_what_is_done_is_skipped_and_what_is_new_is_not(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(toys) == 0
+    before = job_records(toys)
+    capsys.readouterr()
+    assert run(toys) == 0
+    assert "3 rows, 8 jobs: 8 done before, 0 to do" in capsys.readouterr().out
+    assert job_records(toys) == before
+    assert run(toys, "seeds=0,1,2") == 0
+    assert "12 jobs: 8 done before, 4 to do" in capsys.readouterr().out
+    assert float(table(toys)["Rate", "0.1"]["score_sd"]) == pytest.approx(statistics.stdev([1.0, 2.0, 5.0]))
+    assert run(toys, "steps=4", "seeds=0") == 0  # another override is another result
+    assert "4 jobs: 0 done before, 4 to do" in capsys.readouterr().out
+
+
+def test_what_was_removed_is_made_again_and_what_came_of_it_too(toys: Path) -> None:
+    assert run(toys) == 0
+    record = job_records(toys)["Rate: 0.3, seed 1: make"]
+    for path in (toys.parent / "out" / "jobs" / record["id"]).iterdir():
+        path.unlink()
+    (toys.parent / "out" / "jobs" / record["id"]).rmdir()
+    assert run(toys) == 0
+    attempts = {label: record["attempts"] for label, record in job_records(toys).items()}
+    assert {label for label, count in attempts.items() if count == 2} == {
+        "Rate: 0.3, seed 1: make",
+        "Rate: 0.3, seed 1: judge",
+    }
+    assert table(toys)["Rate", "0.3"]["percent_seed1"] == "2.0"
+
+
+def test_a_failure_stands_in_the_table_and_does_not_stop_the_others(
+    toys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(toys, "overrides: [lr=0.1]", "overrides: [lr=0.2, fail=true]")
+    assert run(toys, "--jobs", "2") == 1
+    records = job_records(toys)
+    assert [records[f"Default: again, seed {seed}: make"]["status"] for seed in (0, 1)] == ["failed"] * 2
+    assert not [label for label in records if label.startswith("Default") and "judge" in label]
+    rows = table(toys)
+    assert rows["Default", "again"]["score_mean"] == ""
+    assert "seed 0: make failed with status 3" in rows["Default", "again"]["problems"]
+    assert float(rows["Rate", "0.3"]["score_mean"]) == pytest.approx(3.5)
+    text = (toys.parent / "out" / "table.md").read_text()
+    log = f"jobs/{records['Default: again, seed 1: make']['id']}.log"
+    assert f"- Default: again, seed 1: make failed with status 3, see {log}" in text
+    assert "0 of 2, 2 FAILED" in text
+    said = capsys.readouterr()
+    assert "failed after" in said.out
+    assert "there is no more sand" in said.out  # the log's last line
+    assert "there is no more sand" in (toys.parent / "out" / log).read_text()
+    assert "Some jobs failed" in said.err
+    (toys.parent / "toy.py").write_text(TOY.replace('== "true"', '== "maybe"'))  # mended: the same command goes on
+    assert run(toys) == 0
+    assert table(toys)["Default", "again"]["problems"] == ""
+    assert {record["attempts"] for label, record in job_records(toys).items() if "Rate" in label} == {1}
+
+
+def test_a_number_that_is_not_there_is_named(toys: Path) -> None:
+    change(toys, "path: score.mean", "path: score.median")
+    assert run(toys, "--only", "Rate: 0.1") == 0
+    row = table(toys)["Rate", "0.1"]
+    assert row["score_mean"] == ""
+    assert "seed 0: no score.median in make-" in row["problems"]
+    assert table(toys)["Rate", "0.3"]["open"] == "0 1"
+
+
+def test_a_dry_run_starts_nothing_and_tables_alone_neither(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(toys, "--dry-run", "--scale", "large") == 0
+    said = capsys.readouterr().out
+    assert not (toys.parent / "out").exists()
+    assert "Rate: 0.3  [Rate: 0.3]" in said
+    assert "3 rows, 12 jobs to do" in said
+    assert "python -m toy steps=5 lr=0.3 run.seed=2 run.dir=" in said
+    assert "the same as Rate: 0.1, seed 0: make" in said
+    assert run(toys, "--tables") == 0
+    assert not list((toys.parent / "out" / "jobs").iterdir())
+    assert table(toys)["Rate", "0.1"]["open"] == "0 1"
+
+
+# ---- interruptions -----------------------------------------------------------------------------------------------
+
+
+def started(toys: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The program as a process of its own, once its second step has been made."""
+    command = [sys.executable, "-m", "eval.grid", "--config", str(toys), "--out", str(toys.parent / "out"), *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    jobs = toys.parent / "out" / "jobs"
+    wait_for(lambda: any(len(f.read_text().split()) >= 2 for f in jobs.glob("*/steps")), "the second step")
+    return process
+
+
+def alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def check_every_step_was_made_once(toys: Path, count: int) -> None:
+    files = list((toys.parent / "out" / "jobs").glob("*/steps"))
+    assert len(files) == 4
+    assert {file.read_text() for file in files} == {"".join(f"{i + 1}\n" for i in range(count))}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_grid_stops_its_programs_and_goes_on(toys: Path, number: int, status: int) -> None:
+    process = started(toys, "--jobs", "2", "pause=0.2", "steps=7")
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    assert "the same command goes on" in said
+    records = job_records(toys)
+    assert {record["status"] for record in records.values()} == {"interrupted"}
+    assert not any(alive(record["pid"]) for record in records.values())
+    assert {record["exit"] for record in records.values()} == {143}
+    assert "stopped" in (toys.parent / "out" / "jobs" / f"{next(iter(records.values()))['id']}.log").read_text()
+    assert run(toys, "--jobs", "2", "pause=0.2", "steps=7") == 0
+    check_every_step_was_made_once(toys, 7)
+    record = job_records(toys)["Rate: 0.1, seed 0: make"]
+    assert record["attempts"] == 2
+    assert record["command"][-1] == "--resume"
+    assert record["seconds"] > 7 * 0.2  # of both attempts
+
+
+def test_a_killed_grid_goes_on_once_what_it_started_has_ended(toys: Path) -> None:
+    process = started(toys, "pause=0.3", "steps=5")
+    process.kill()
+    process.communicate(timeout=60)
+    (record,) = job_records(toys).values()
+    assert record["status"] == "running"
+    assert alive(record["pid"])
+    with pytest.raises(InputError, match=f"is in use.*process {record['pid']}"):
+        run(toys, "pause=0.3", "steps=5")
+    os.kill(record["pid"], signal.SIGKILL)
+    wait_for(lambda: not alive(record["pid"]), "the end of the killed program")
+    assert run(toys, "pause=0.3", "steps=5", "--jobs", "2") == 0
+    files = list((toys.parent / "out" / "jobs").glob("*/steps"))
+    lines = [file.read_text().split() for file in files]
+    assert len(files) == 4
+    assert all(sorted(set(steps)) == ["1", "2", "3", "4", "5"] and len(steps) <= 6 for steps in lines)  # one cut off
+    assert job_records(toys)["Rate: 0.1, seed 0: make"]["attempts"] == 2
+
+
+def test_what_has_no_checkpoint_yet_begins_anew(toys: Path) -> None:
+    assert run(toys, "--only", "Rate: 0.1", "seeds=0") == 0
+    record = job_records(toys)["Rate: 0.1, seed 0: make"]
+    folder = toys.parent / "out" / "jobs" / record["id"]
+    (folder / "state.json").unlink()
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "running"}))
+    assert run(toys, "--only", "Rate: 0.1", "seeds=0") == 0
+    assert (folder / "steps").read_text() == "1\n2\n3\n"
+    assert "--resume" not in job_records(toys)["Rate: 0.1, seed 0: make"]["command"]
+
+
+# ---- what it refuses ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("columns:", "colums:", "Did you mean: 'columns'"),
+        ("resume_file: state.json", "resume_fil: state.json", "Did you mean one of: 'resume_file'"),
+        ("sweep: lr", "sweeep: lr", "Did you mean: 'sweep'"),
+        ("path: share", "pth: share", "Did you mean: 'path'"),
+        ("seeds: [0, 1],", "seeds: [one],", "one"),
+        ('arguments: ["{make}"]', 'arguments: ["{mak}"]', r"placeholder 'mak'.*\{make\}"),
+        ("values: [0.1, 0.3]", "values: {small: [0.1, 0.3]}, labels: [a]", "1 entries for 2 rows"),
+        ("score: [1.5, 3.5 ± 0.2]", "score: [1.5]", "paper.score has 1 entries for 2 rows"),
+        ("score: [1.5, 3.5 ± 0.2]", "score: [1.5, about 3]", "'about 3' is not a number"),
+        ("score: [1.5, 3.5 ± 0.2]", "scores: [1.5, 3]", "no column is called so"),
+        ("stage: make, file: judged.json", "stage: judged, file: judged.json", "the stages are make, judge"),
+        ("x: percent, y: score", "x: percnt, y: score", "there is no 'percnt'"),
+        ("group: Default, row: again", "group: Rate, row: '0.1'", "two rows are called 'Rate: 0.1'"),
+        ("title: Toys", "title: [", "not valid YAML"),
+        ("sweep: lr", "sweep: lr, product: {a: [1]}", "a sweep or a product, not both"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_is_started(toys: Path, old: str, new: str, said: str) -> None:
+    change(toys, old, new)
+    with pytest.raises(InputError, match=said):
+        run(toys)
+    assert not (toys.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scale", "huge"], "--scale is 'huge'; .* has small, large"),
+        (["--only", "Speed*"], "fits no row; there are Rate: 0.1, Rate: 0.3, Default: again"),
+        (["seeds=a"], "seeds=a is not a list of whole numbers"),
+        (["seeds=1,1"], "names a seed twice"),
+        (["steps"], "not of the form key=value"),
+        (["--jobs", "0"], "--jobs is 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(toys: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        run(toys, *arguments)
+    assert not (toys.parent / "out").exists()
+
+
+def test_a_file_that_is_no_grid_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No grid at"):
+        load_grid(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="is not a grid"):
+        load_grid(ROOT / "configs" / "classify" / "digits.yaml")
+
+
+def test_a_configuration_that_the_program_would_refuse_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_program(
+            program.main, ["--config", str(GRIDS / "table8.yaml"), "--out", str(tmp_path / "out"), "optim.epoch=3"]
+        )
+    assert ended.value.code == 2
+    assert "Did you mean: 'epochs'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what a grid comes to ----------------------------------------------------------------------------------------
+
+
+def test_a_product_is_every_combination(toys: Path) -> None:
+    change(
+        toys,
+        "{group: Default, row: again, overrides: [lr=0.1]}",
+        "{group: Models, product: {model: [mlp, dws], task: [a, b]}, "
+        "overrides: ['reader={model}', 'data={task}', 'note={letter}'], with: {letter: [p, q, r, s]}, "
+        "paper: {score: [1, 2, 3, null]}}",
+    )
+    cells = [cell for cell in expand(load_grid(toys), toys, "small") if cell.group == "Models"]
+    assert [cell.label for cell in cells] == ["mlp · a", "mlp · b", "dws · a", "dws · b"]
+    assert [cell.paper["score"] for cell in cells] == [(1.0, None), (2.0, None), (3.0, None), None]
+    words = cells[2].jobs[1]["make"].arguments(Path("J"))
+    assert words[:-1] == ["steps=3", "reader=dws", "data=a", "note=r", "run.seed=1"]
+    assert words[-1] == f"run.dir=J/{cells[2].jobs[1]['make'].id}"
+    assert cells[2].jobs[1]["judge"].needs == (cells[2].jobs[1]["make"].id,)
+
+
+def test_the_command_line_is_stronger_than_the_scale_and_weaker_than_the_row(toys: Path) -> None:
+    cells = expand(load_grid(toys), toys, "small", overrides=["steps=9", "lr=7"])
+    words = [cell.jobs[0]["make"].arguments(Path("J"))[:2] for cell in cells]
+    assert words == [["steps=9", "lr=0.1"], ["steps=9", "lr=0.3"], ["steps=9", "lr=0.1"]]
+
+
+def test_values_and_numbers_as_they_stand_in_files() -> None:
+    assert published("12.5 ± 0.25", "here") == (12.5, 0.25)
+    assert published(3, "here") == (3.0, None)
+    assert published(None, "here") is None
+    content = {"a": [{"b": 1}, {"b": 2.5}], "c": "text", "d": True}
+    assert look_up(content, "a.1.b") == look_up(content, "a.-1.b") == 2.5
+    assert [look_up(content, path) for path in ("a.2.b", "a.b", "c", "e", "a.0")] == [None] * 5
+
+
+# ---- with the project's own programs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_and_evaluation_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
+    """Two rows and two seeds, four trainings (and four evaluations); the table beside what the runs' files say."""
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "digits.yaml"
+    evaluate = '  evaluate: {program: eval.classify, arguments: [--run, "{train}", --no-curve], takes: []}'
+    file = "eval/classify.json" if evaluated else "metrics.jsonl"
+    debug = ", ".join(item for item in DEBUG if "reader.blocks" not in item)
+    path.write_text(
+        f"""
+title: Digits
+source: nobody
+scales:
+  tiny: {{seeds: [0, 1], overrides: [siren.hidden=16, reader.head_dim=16, {debug}]}}
+stages:
+  train: {{program: train.classify, overrides: ["run.seed={{seed}}", "run.dir={{dir}}"], resume: [--resume]}}
+{evaluate if evaluated else ""}
+rows:
+  - {{group: Blocks, sweep: reader.blocks, values: [1, 2], paper: {{accuracy: [50, 60]}}}}
+  - {{group: The same, overrides: [reader.blocks=1, loss.classification_weight=0.01, run.log_every=1]}}
+columns:
+  accuracy: {{title: "accuracy, %", stage: train, file: {file}, path: accuracy, factor: 100}}
+  loss: {{title: loss, stage: train, file: metrics.jsonl, path: reconstruction_loss}}
+"""
+    )
+    assert run(path, "--jobs", "2") == 0
+    rows, records = table(path), job_records(path)
+    assert len(records) == (8 if evaluated else 4)
+    for blocks in (1, 2):
+        accuracies, losses = [], []
+        for seed in (0, 1):
+            folder = path.parent / "out" / "jobs" / records[f"Blocks: {blocks}, seed {seed}: train"]["id"]
+            config = load_config(ClassifyConfig, folder / "config.yaml")
+            assert (config.reader.blocks, config.run.seed, config.siren.hidden) == (blocks, seed, 16)
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            accuracies.append(100 * (json.loads((folder / file).read_text()) if evaluated else last)["accuracy"])
+            losses.append(last["reconstruction_loss"])
+        row = rows["Blocks", str(blocks)]
+        assert float(row["accuracy_mean"]) == pytest.approx(sum(accuracies) / 2)
+        assert float(row["accuracy_sd"]) == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+        assert [float(row["loss_seed0"]), float(row["loss_seed1"])] == pytest.approx(losses)
+    assert rows["The same", ""]["loss_mean"] == rows["Blocks", "1"]["loss_mean"]  # defaults spelt out are one job
+
+
+# ---- the grids of the project ------------------------------------------------------------------------------------
+
+PATHS = sorted(GRIDS.glob("*.yaml"))
+SCALES = ("paper", "tiny")
+# Rows, different trainings (of the stage `train`) for one seed, and the row that is the paper's model in every group.
+SIZES = {
+    "table2": (18, 18, None),
+    "table4": (38, 30, (55.79, 30.93)),
+    "table6": (33, 26, (42.24, 43.11)),
+    "table7": (32, 25, (41.85, 43.12)),
+    "table8": (5, 1, None),
+    "figure3": (4, 4, None),
+}
+# Typed from the paper: grid, group, row, settings, accuracy, PSNR.
+TYPED = [
+    ("table4", "Task influence w_cls", "0", {"loss.classification_weight": 0.0}, 42.24, 43.11),
+    ("table4", "Task influence w_cls", "10.0", {"loss.classification_weight": 10.0}, 52.34, 18.14),
+    ("table4", "Inner-loop steps k", "4", {"inner_loop.steps": 4}, 54.79, 29.10),
+    ("table4", "Scaling factor λ", "LayerNorm", {"reader.token_scale": 0.0}, 54.89, 31.18),
+    ("table4", "SIREN depth", "8", {"siren.hidden_layers": 8}, 55.79, 32.73),
+    ("table4", "SIREN width", "64", {"siren.hidden": 64}, 51.54, 27.65),
+    ("table4", "Transformer depth", "20", {"reader.blocks": 20}, 56.82, 30.82),
+    ("table4", "Meta-SGD shared", "true", {"inner_loop.shared_alpha": True}, 54.38, 29.86),
+    ("table4", "Meta-SGD learning rate", "0.0001", {"optim.lr_alpha": 1e-4}, 50.58, 25.95),
+    ("table4", "Subsampling rate s", "0.001", {"inner_loop.fraction": 1e-3}, 18.03, 16.53),
+    ("table6", "Subsampling rate s", "0.1", {"inner_loop.fraction": 0.1}, 47.65, 24.33),
+    ("table6", "Inner-loop steps k", "1", {"inner_loop.steps": 1}, 47.38, 25.35),
+    ("table7", "SIREN width", "256", {"siren.hidden": 256}, 49.39, 47.71),
+    ("table7", "Transformer depth", "20", {"reader.blocks": 20}, 46.44, 43.34),
+    ("table2", "With augmentation", "MWT, s = 0.05", {"inner_loop.fraction": 0.05, "data.augment": "affine_flip",
+                                                      "siren.hidden": 128}, 57.27, 20.98),
+    ("table2", "No augmentation", "MWT-L, s = 0.02", {"inner_loop.fraction": 0.02, "data.augment": "none",
+                                                      "siren.hidden": 256}, 52.93, 20.95),
+    ("table2", "No augmentation", "WT, s = 0.25", {"loss.classification_weight": 0.0}, 47.96, 23.23),
+    ("table8", "Steps at test time, 6 in training", "20", {"inner_loop.shared_alpha": True}, 53.2, 35.2),
+    ("figure3", "Subsampling rate s", "0.001", {"inner_loop.fraction": 1e-3, "siren.hidden": 256}, 84.04, None),
+]  # fmt: skip
+
+
+@cache
+def cells_of(name: str, scale: str) -> list[Cell]:
+    path = GRIDS / f"{name}.yaml"
+    return expand(load_grid(path), path, scale, seeds=[0])
+
+
+def settings(cell: Cell, stage: str = "train") -> ClassifyConfig:
+    """What train.classify makes of a job's words, read by its own parser."""
+    import train.classify as classify
+
+    return classify.parse(cell.jobs[0][stage].arguments(Path("JOBS")))[1]
+
+
+def test_every_grid_is_here() -> None:
+    assert {path.stem for path in PATHS} == set(SIZES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", SIZES)
+def test_every_row_is_accepted_by_the_program_and_equal_ones_are_one(name: str, scale: str) -> None:
+    cells = cells_of(name, scale)
+    rows, trainings, default = SIZES[name]
+    assert len(cells) == rows
+    assert len({cell.jobs[0]["train"].id for cell in cells}) == trainings
+    if default:
+        groups = {cell.group for cell in cells if cell.group != "Caption of Table 6"}
+        figures = [(default[0], None), (default[1], None)]
+        at_default = [cell for cell in cells if [cell.paper["accuracy"], cell.paper["psnr"]] == figures]
+        assert {cell.group for cell in at_default} == groups
+        # At the tiny scale s = 0.1 is the default's place for speed; elsewhere the paper's default row is ours.
+        others = [cell for cell in at_default if scale == "paper" or cell.group != "Subsampling rate s"]
+        assert len({cell.jobs[0]["train"].id for cell in others}) == 1
+    sizes = load_grid(GRIDS / f"{name}.yaml").scales[scale]
+    assert sizes.seeds == [0, 1, 2]
+    seen = {}
+    for cell in cells:
+        job = cell.jobs[0]["train"]
+        if job.id not in seen:
+            seen[job.id] = settings(cell)
+            assert seen[job.id].run.dir == f"JOBS/{job.id}"
+            assert seen[job.id].data.path == ("data/fashion_mnist" if scale == "tiny" else seen[job.id].data.path)
+    if scale == "tiny":
+        assert {config.data.limit for config in seen.values()} <= {7000, 20000}
+        assert max(config.siren.hidden for config in seen.values()) <= 64
+
+
+@pytest.mark.parametrize("row", TYPED, ids=lambda row: f"{row[0]}: {row[1]} {row[2]}")
+def test_a_row_has_the_paper_s_settings_and_figures(row: tuple) -> None:
+    name, group, label, wanted, accuracy, psnr = row
+    (cell,) = [cell for cell in cells_of(name, "paper") if (cell.group, cell.label) == (group, label)]
+    config = settings(cell)
+    for key, value in wanted.items():
+        block, _, field = key.partition(".")
+        assert getattr(getattr(config, block), field) == value
+    paper = cell.paper["accuracy"]
+    assert paper is not None
+    assert paper[0] == accuracy
+    if psnr is not None:
+        assert (cell.paper["psnr"] or (0, None))[0] == psnr
+
+
+def test_rows_of_table_7_that_differ_in_the_reader_share_their_reconstruction() -> None:
+    cells = cells_of("table7", "paper")
+    assert len({cell.jobs[0]["reconstruct"].id for cell in cells}) == 17
+    for cell in cells:
+        first, second = settings(cell, "reconstruct"), settings(cell)
+        assert (first.run.stage, second.run.stage) == ("reconstruction", "classifier")
+        assert second.run.init_from == first.run.dir
+        assert cell.jobs[0]["reconstruct"].id in cell.jobs[0]["train"].needs
+        assert second.siren == first.siren
+        assert second.inner_loop == first.inner_loop
+        if cell.group in ("Scaling factor λ", "Transformer depth"):
+            assert cell.jobs[0]["reconstruct"].id == cells[3].jobs[0]["reconstruct"].id
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_grid_s_header_names_the_commands_the_data_and_the_time(path: Path) -> None:
+    lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+    command = f"python -m eval.grid --config configs/grids/{path.name}"
+    assert lines[2:4] == [command, f"{command} --scale tiny --jobs 2"]
+    labels = [line.split(":")[0] for line in lines if line.startswith(("Data:  ", "Time:  "))]
+    assert labels == ["Data", "Time"]
