@@ -16,6 +16,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ import torch
 from mwt.errors import InputError, TrainingError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
 
 def keep_freed_memory() -> bool:
@@ -88,6 +90,17 @@ def check_launcher(precision: str) -> None:
         )
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise InputError("Gradient accumulation is set by optim.accumulate; leave the launcher's at 1.")
+
+
+def end_with_launcher() -> None:
+    """Have the system send SIGTERM when `accelerate launch` ends that has started this process alone (Linux).
+
+    It passes no SIGTERM on: a run would go on in the background after its launcher is gone. Launchers of several
+    processes (torchrun) pass signals on, and so need nothing.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}

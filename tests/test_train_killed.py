@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,18 @@ import json, os, sys
 from train.classify import main
 from mwt.runtime import run_program
 
+print("ready 0", flush=True)
 for line in sys.stdin:
+    if line.strip() == "wait":
+        _, status = os.waitpid(child, 0)
+        print("status", os.waitstatus_to_exitcode(status), flush=True)
+        continue
     child = os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         run_program(main, json.loads(line))
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    print("started", child, flush=True)
 """
 
 
@@ -54,27 +58,31 @@ class Server:
             [sys.executable, "-W", "ignore", "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._errors, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         )  # fmt: skip
+        self._answer("ready")
 
     def start(self, *arguments: str) -> int:
-        """The process id of one that trains."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(arguments) + "\n")
-        self._process.stdin.flush()
-        return self._number()
+        """The process id of one that trains; it stays valid until `status`."""
+        return self._ask(json.dumps(arguments), "started")
 
     def status(self) -> int:
         """Wait for it: its exit status, negative if a signal ended it."""
-        return self._number()
+        return self._ask("wait", "status")
 
     def errors(self) -> str:
         self._errors.seek(0)
         return self._errors.read()
 
-    def _number(self) -> int:
+    def _ask(self, line: str, what: str) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._answer(what)
+
+    def _answer(self, what: str) -> int:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, self.errors()[-3000:]
-        return int(line)
+        kind, number = self._process.stdout.readline().split()
+        assert kind == what, self.errors()[-3000:]
+        return int(number)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -92,14 +100,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that nobody kills, and the seconds that it took."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody kills, and its pace."""
+
+    run: Path
+    arguments: tuple[str, ...]
+    start: float
+    """Seconds until the first checkpoint."""
+    step: float
+    """Seconds for each step after it."""
+
+
+def leave_alone(server: Server, run: Path, arguments: tuple[str, ...]) -> Undisturbed:
     began = time.monotonic()
-    server.start(*ARGUMENTS, f"run.dir={run}")
+    server.start(*arguments, f"run.dir={run}")
+    while not (run / "checkpoints" / "last.json").is_file() and time.monotonic() < began + 60:
+        time.sleep(0.01)
+    first = time.monotonic()
     assert server.status() == 0, server.errors()[-3000:]
-    return run, time.monotonic() - began
+    steps = lines(run)[-1]["step"]
+    return Undisturbed(run, arguments, start=first - began, step=(time.monotonic() - first) / steps)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -140,22 +161,21 @@ def kill_when_writing(run: Path, child: int, prefix: str, patience: float) -> bo
     return False
 
 
-def kill_often(server: Server, run: Path, undisturbed: tuple[Path, float], *, kills: int, seed: int) -> dict[str, int]:
+def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, seed: int) -> dict[str, int]:
     """Start, kill, resume, … until it has been killed `kills` times; then let it finish. Counts the kinds of kills."""
-    plain, seconds = undisturbed
     draw, counts = random.Random(seed), {"at any time": 0, "folder": 0, "pointer": 0, "before any checkpoint": 0}
     killed = 0
     while killed < kills:
         begun = (run / "config.yaml").is_file()
-        child = server.start(*(("--resume",) if begun else ARGUMENTS), f"run.dir={run}")
+        child = server.start(*(("--resume",) if begun else plain.arguments), f"run.dir={run}")
         kind = ("at any time", "folder", "pointer")[killed % 3]
         if kind == "at any time":
-            time.sleep(draw.uniform(0, 0.25 * seconds))
+            time.sleep(draw.uniform(0, plain.start + 4 * plain.step))
             os.kill(child, signal.SIGKILL)
             hit = True
         else:
-            time.sleep(draw.uniform(0.05, 0.15) * seconds)
-            hit = kill_when_writing(run, child, {"folder": ".step-", "pointer": ".last.json."}[kind], 0.3 * seconds)
+            time.sleep(plain.start + draw.uniform(0, 2) * plain.step)
+            hit = kill_when_writing(run, child, {"folder": ".step-", "pointer": ".last.json."}[kind], 4 * plain.step)
         status = server.status()
         assert status in (-signal.SIGKILL, 0), server.errors()[-3000:]
         if status == 0:
@@ -163,14 +183,13 @@ def kill_often(server: Server, run: Path, undisturbed: tuple[Path, float], *, ki
         killed += 1
         counts[kind] += hit
         counts["before any checkpoint"] += check_unharmed(run) == 0
-    begun = (run / "config.yaml").is_file()
-    server.start(*(("--resume",) if begun else ARGUMENTS), f"run.dir={run}")
+    server.start("--resume", f"run.dir={run}")
     assert server.status() == 0, server.errors()[-3000:]
     assert killed == kills, f"the run was over after {killed} kills"
-    assert lines(run) == lines(plain)
+    assert lines(run) == lines(plain.run)
     places = [(row["step"], row["split"]) for row in lines(run)]
     assert len(places) == len(set(places)), "a step was logged twice"
-    ours, theirs = checkpoint(run), checkpoint(plain)
+    ours, theirs = checkpoint(run), checkpoint(plain.run)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
@@ -178,20 +197,17 @@ def kill_often(server: Server, run: Path, undisturbed: tuple[Path, float], *, ki
     return counts
 
 
-def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(
-    tmp_path: Path, server: Server, undisturbed: tuple[Path, float]
-) -> None:
-    assert len(lines(undisturbed[0])) == 44
-    kill_often(server, tmp_path / "run", undisturbed, kills=3, seed=1)
+def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
+    plain = leave_alone(server, tmp_path / "undisturbed", ARGUMENTS)
+    assert len(lines(plain.run)) == 44
+    kill_often(server, tmp_path / "run", plain, kills=3, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
-def test_killed_two_dozen_times_a_run_ends_like_an_undisturbed_one(
-    tmp_path: Path, server: Server, undisturbed: tuple[Path, float], seed: int
-) -> None:
+def test_killed_two_dozen_times_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
     """At random moments, and at the very moment a checkpoint or the pointer to it is being written."""
-    counts = kill_often(server, tmp_path / "run", undisturbed, kills=24, seed=seed)
+    plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, "optim.epochs=10"))
+    counts = kill_often(server, tmp_path / "run", plain, kills=24, seed=2)
     assert min(counts["folder"], counts["pointer"]) >= 2, counts
 
 

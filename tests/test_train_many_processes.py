@@ -173,6 +173,19 @@ def test_a_launcher_of_several_processes_passes_sigterm_on_and_the_run_is_saved(
     assert len(tensors(run)) > 0
 
 
+def test_accelerate_passes_no_sigterm_on_to_a_single_process_but_that_ends_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
+                "no", "--dynamo_backend", "no")  # fmt: skip
+    process = start(launcher, run, *TWENTY, "optim.epochs=2000", "run.log_every=1")
+    wait_for_rows(run, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, status=-signal.SIGTERM)  # waits for the end of all output, so for the end of the run
+    assert "saved. Go on with:" in said
+    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
+    assert rows(run)[-1]["step"] <= int(folder.removeprefix("step-")) < 20000
+
+
 NONFINITE = """
 import sys, torch, train.classify, mwt.training
 from mwt.observe import observe

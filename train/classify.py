@@ -215,6 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     keep_freed_memory()
+    runtime.end_with_launcher()
     runtime.check_launcher(config.run.precision)
     runtime.check_trackers(config.run.trackers)
     device = runtime.choose_device(config.run.device)
