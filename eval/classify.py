@@ -28,6 +28,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.classify", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, help="run directory that train.classify has made")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
+    )
     parser.add_argument("--split", help="by default the data.test_split of the run")
     parser.add_argument("--steps", type=int, help="inner steps, if other than trained; more need shared rates")
     parser.add_argument("--no-curve", action="store_true", help="leave out the curve over inner steps")
@@ -42,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate; see the module's text."""
     arguments = parse(argv)
     keep_freed_memory()
-    run = open_trained(arguments.run, checkpoint=arguments.checkpoint, overrides=arguments.overrides)
+    run = open_trained(
+        arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights, overrides=arguments.overrides
+    )
     data = run.config.data
     split = open_configured(data, arguments.split or data.test_split, run.device)
     check_data_fits(run.model, split.facts, data.path)

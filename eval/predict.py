@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipes.decode import load_image
-from mwt.checkpoint import find_checkpoint, load_model
+from mwt.checkpoint import Weights, find_checkpoint, load_model
 from mwt.errors import InputError
 from mwt.model import BUILTIN, MetaWeightTransformer
 from mwt.runtime import choose_device, keep_freed_memory, run_program
@@ -31,13 +31,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.predict", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, help="run directory, model folder, or builtin:NAME")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="of a run directory")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
+    )
     parser.add_argument("--top", type=int, metavar="K", help="show the K most probable classes (table: 3, JSON: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON list and nothing else")
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     return parser.parse_intermixed_args(argv)
 
 
-def open_model(name: str, checkpoint: str) -> MetaWeightTransformer:
+def open_model(name: str, checkpoint: str, weights: Weights | None) -> MetaWeightTransformer:
     """The model of a run directory, of a model folder, or one that comes with the package.
 
     Raises:
@@ -47,9 +50,9 @@ def open_model(name: str, checkpoint: str) -> MetaWeightTransformer:
     if name.startswith(BUILTIN):
         model = MetaWeightTransformer.from_pretrained(name).to(device)
     elif (Path(name) / "config.json").is_file() and not (Path(name) / "config.yaml").is_file():
-        model = load_model(Path(name), device)
+        model = load_model(Path(name), device, weights=weights)
     else:
-        model = load_model(find_checkpoint(Path(name), checkpoint), device)
+        model = load_model(find_checkpoint(Path(name), checkpoint), device, weights=weights)
     return model
 
 
@@ -77,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     if arguments.top is not None and arguments.top < 1:
         raise InputError(f"--top is {arguments.top}; it must be at least 1.")
-    model = open_model(arguments.run, arguments.checkpoint)
+    model = open_model(arguments.run, arguments.checkpoint, arguments.weights)
     top = arguments.top if arguments.top or arguments.json else 3
     rows, failed = [], 0
     for file in arguments.images:

@@ -31,6 +31,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.reconstruct", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, help="run directory that train.classify has made")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
+    )
     parser.add_argument("--split", help="by default the data.test_split of the run")
     parser.add_argument("--count", type=int, default=8, help="images, drawn from all over the split")
     parser.add_argument("--scale", type=int, default=4, help="resolution of the last frame, in times the image's")
@@ -65,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     """Draw; see the module's text."""
     arguments = parse(argv)
     keep_freed_memory()
-    run = open_trained(arguments.run, checkpoint=arguments.checkpoint, overrides=arguments.overrides)
+    run = open_trained(
+        arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights, overrides=arguments.overrides
+    )
     data, signal = run.config.data, run.model.config.signal
     if signal.kind != "image":
         raise InputError(f"Pictures are for images; the model of {run.path} fits {signal.kind}, which have no pixels.")

@@ -320,6 +320,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="eval.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, help="run directory that train.classify has made")
     parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.* and run.* only")
     return parser.parse_intermixed_args(argv)
 
@@ -345,7 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     """Write the page; see the module's text."""
     arguments = parse(argv)
     keep_freed_memory()
-    run = inspection.open_trained(arguments.run, checkpoint=arguments.checkpoint, overrides=arguments.overrides)
+    run = inspection.open_trained(
+        arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights, overrides=arguments.overrides
+    )
     text = page(gather(run))
     target = run.path / "report.html"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")

@@ -7,7 +7,9 @@ RUN/metrics.jsonl             one object a line
 RUN/checkpoints/last.json     {"folder": "step-00001234"}: replaced only once that folder is whole
 RUN/checkpoints/best.json     likewise, where the data has a validation split
 RUN/checkpoints/step-…/       model.safetensors, config.json, README.md (`from_pretrained` reads them),
-                              optimizer.safetensors, state.json
+                              optimizer.safetensors, state.json; where the run averages its weights (optim.ema),
+                              the model is the average, and raw.safetensors holds the weights being trained
+RUN/nonfinite/step-….json     the samples of steps whose loss or gradient was not finite
 RUN/eval/NAME.json, RUN/figures/
 """
 
@@ -19,7 +21,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +32,10 @@ from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.runtime import sync, write_json
+
+Weights = Literal["ema", "raw"]
+RAW = "raw.safetensors"
+"""In a checkpoint of a run that averages its weights: those being trained."""
 
 SAME_RESULT = {"inner_loop": {"engine", "checkpoint"}, "reader": {"checkpoint"}}
 """Settings of a model that say how it is computed and not what: another value gives the same up to rounding."""
@@ -69,15 +75,42 @@ def save_checkpoint(
     model: MetaWeightTransformer,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    average: MetaWeightTransformer | None = None,
 ) -> Path:
     """Write a checkpoint and let `name` ("last" or "best") point at it; older ones that nothing points at are removed.
 
     Args:
         state: JSON-able; `state["step"]` names the folder.
+        average: the model with averaged weights, where there is one.
 
     Raises:
-        OSError: disk full, no permission. The previous checkpoint is then untouched.
+        OSError: disk full, no permission; says that the previous checkpoint is untouched.
     """
+    try:
+        return _save(run, name, model, average, optimizer, state)
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors, whose text alone names them
+        message = (
+            f"the checkpoint of step {state['step']} could not be written "
+            f"({getattr(error, 'strerror', None) or error}); {_what_is_left(run)}"
+        )
+        number = error.errno if isinstance(error, OSError) else errno.EIO
+        raise OSError(number, message, str(run / "checkpoints")) from error
+
+
+def _what_is_left(run: Path) -> str:
+    if not has_checkpoint(run):
+        return "there is none before it"
+    return f"the last one, {find_checkpoint(run).name}, is untouched, and --resume goes on from there"
+
+
+def _save(
+    run: Path,
+    name: str,
+    model: MetaWeightTransformer,
+    average: MetaWeightTransformer | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
@@ -90,18 +123,18 @@ def save_checkpoint(
         temporary = folder / f".{final.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            model.save_pretrained(temporary)
+            (model if average is None else average).save_pretrained(temporary)
+            if average is not None:
+                weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+                save_file(weights, temporary / RAW)
             save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
             write_json(temporary / "state.json", state)
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
             os.replace(temporary, final)
-        except BaseException as error:
+        except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, SafetensorError):  # it wraps the OSError, whose text alone names the disk
-                message = f"the checkpoint of step {state['step']} could not be written ({error})"
-                raise OSError(errno.EIO, message, str(folder)) from error
             raise
         sync(folder)
     write_json(folder / f"{name}.json", {"folder": final.name})
@@ -119,6 +152,23 @@ def _remove_unused(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name.startswith(("step-", ".step-")) and path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith((".last.json.", ".best.json.")):  # a pointer that a killed process was writing
+            path.unlink(missing_ok=True)
+
+
+def check_run_directory(run: Path) -> None:
+    """Refuse what `train.classify` has not made.
+
+    Raises:
+        InputError: it has no configuration.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run} is not a run directory (it has no config.yaml); train.classify makes them.")
+
+
+def has_checkpoint(run: Path, name: str = "last") -> bool:
+    """Whether the run has come as far as a checkpoint."""
+    return (run / "checkpoints" / f"{name}.json").is_file()
 
 
 def find_checkpoint(run: Path, name: str = "last") -> Path:
@@ -127,10 +177,9 @@ def find_checkpoint(run: Path, name: str = "last") -> Path:
     Raises:
         InputError: not a run directory, or no such checkpoint; says what there is.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run directory (it has no config.yaml); train.classify makes them.")
+    check_run_directory(run)
     pointer = run / "checkpoints" / f"{name}.json"
-    if not pointer.is_file():
+    if not has_checkpoint(run, name):
         there = sorted(path.stem for path in (run / "checkpoints").glob("*.json"))
         hint = f"it has {' and '.join(there)}" if there else "training has not written any yet"
         raise InputError(f"{run} has no checkpoint {name!r}; {hint}.")
@@ -140,29 +189,48 @@ def find_checkpoint(run: Path, name: str = "last") -> Path:
     return folder
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> MetaWeightTransformer:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", *, weights: Weights | None = None
+) -> MetaWeightTransformer:
     """The model of a checkpoint folder, in evaluation mode.
 
+    Args:
+        weights: ema, the moving average; raw, the weights that were being trained; None: the average if there is one.
+
     Raises:
-        InputError: a missing or damaged file.
+        InputError: a missing or damaged file, or no average.
     """
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
             raise InputError(f"{folder} holds no model: {file} is missing.")
+    averaged = (folder / RAW).is_file()
+    if weights == "ema" and not averaged:
+        raise InputError(f"{folder} holds no average of the weights; it was trained without optim.ema.")
     try:
-        return MetaWeightTransformer.from_pretrained(folder, map_location="cpu").to(device)
+        model = MetaWeightTransformer.from_pretrained(folder, map_location="cpu")
+        if weights == "raw" and averaged:
+            model.load_state_dict(_read_tensors(folder / RAW))
+        return model.to(device)
     except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise InputError(f"The model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def resume(folder: Path, *, model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint into `model` and `optimizer`, in place, and return its state.
+def resume(
+    folder: Path,
+    *,
+    model: MetaWeightTransformer,
+    optimizer: torch.optim.Optimizer,
+    average: MetaWeightTransformer | None = None,
+) -> dict[str, Any]:
+    """Put a checkpoint into `model`, `average` and `optimizer`, in place, and return its state.
 
     Raises:
         InputError: the checkpoint belongs to another architecture; names what differs.
     """
     _check_architecture(_read_json(folder / "config.json"), model, folder)
-    model.load_state_dict(_read_tensors(folder / "model.safetensors"))
+    if average is not None:
+        average.load_state_dict(_read_tensors(folder / "model.safetensors"))
+    model.load_state_dict(_read_tensors(folder / ("model.safetensors" if average is None else RAW)))
     tensors = _read_tensors(folder / "optimizer.safetensors")
     named = dict(model.named_parameters())
     for key, value in tensors.items():
@@ -192,7 +260,11 @@ def _check_architecture(saved: Any, model: MetaWeightTransformer, folder: Path) 
 
 
 def load_run(
-    run: Path | str, *, checkpoint: str = "last", device: torch.device | str = "cpu"
+    run: Path | str,
+    *,
+    checkpoint: str = "last",
+    device: torch.device | str = "cpu",
+    weights: Weights | None = None,
 ) -> tuple[ClassifyConfig, MetaWeightTransformer]:
     """Configuration and model of a run directory, for `eval` programs.
 
@@ -201,4 +273,4 @@ def load_run(
     """
     run = Path(run)
     folder = find_checkpoint(run, checkpoint)
-    return load_config(ClassifyConfig, run / "config.yaml"), load_model(folder, device)
+    return load_config(ClassifyConfig, run / "config.yaml"), load_model(folder, device, weights=weights)

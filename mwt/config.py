@@ -178,8 +178,16 @@ class OptimConfig:
     weight_decay: float = 1e-4
     clip_norm: float | None = 1.0
     """Largest gradient norm of each group; null switches clipping off."""
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    """onecycle: up and down along cosines, the momentum against it. cosine: up a line, down a cosine to 0. constant: up
+    a line, then level."""
     warmup: float = 0.05
-    """OneCycle's pct_start: the share of all steps in which the rates rise."""
+    """The share of all steps in which the rates rise (OneCycle's pct_start)."""
+    accumulate: int = 1
+    """Micro batches that each process computes its share of a step in: less memory, the same result up to rounding."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999; null: none. The average is what is
+    evaluated, saved as the model and predicted with; the weights being trained are saved beside it."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
@@ -188,6 +196,8 @@ class OptimConfig:
         _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
         _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
         _require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
+        _require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; it must be at least 1.")
+        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema is {self.ema}; it must lie in (0, 1), or be null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +221,14 @@ class RunConfig:
     """Optimizer steps between two lines of metrics.jsonl; the device is read only then."""
     monitor_every: int = 1
     """Epochs between two evaluations of the monitored split."""
+    monitor_limit: int | None = None
+    """Evaluate only so many samples of it while training, random but the same each time; all after the last step."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """A step whose loss or gradient is not finite updates nothing and is written to RUN/nonfinite. raise: training then
+    stops. skip: it goes on, up to max_skipped such steps. fp16: this is about losses; gradients that overflow are
+    part of loss scaling."""
+    max_skipped: int = 10
+    """Steps of a whole run that on_nonfinite: skip may skip; one more stops it."""
     checkpoint_minutes: float = 5.0
     """A checkpoint is written at the end of every epoch and after so many minutes within one."""
     eval_batch_size: int = 256
@@ -228,7 +246,10 @@ class RunConfig:
         )
         _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
         _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
-        for name in ("log_every", "monitor_every", "eval_batch_size"):
+        _require(
+            self.monitor_limit is None or self.monitor_limit >= 1, "run.monitor_limit must be at least 1, or null."
+        )
+        for name in ("log_every", "monitor_every", "eval_batch_size", "max_skipped"):
             _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
 
 

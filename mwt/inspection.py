@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mwt.checkpoint import find_checkpoint, load_model
+from mwt.checkpoint import Weights, find_checkpoint, load_model
 from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError
 from mwt.evaluation import POINTS_AT_ONCE, Evaluation, autocast, evaluate
@@ -52,6 +52,8 @@ class TrainedRun:
     config: ClassifyConfig
     model: MetaWeightTransformer
     device: torch.device
+    weights: Weights | None = None
+    """Which of an averaged run's weights were asked for; None: the average."""
     altered: bool = False
     """Whether it looks at something else than the run says: other data, a part of it, or other points."""
 
@@ -64,6 +66,7 @@ class TrainedRun:
         differs = {
             split: split != self.config.data.test_split,
             self.checkpoint: self.checkpoint != "last",
+            "raw": self.weights == "raw",
             f"steps{steps}": steps != self.model.config.inner_loop.steps,
             "altered": self.altered,
         }
@@ -71,8 +74,13 @@ class TrainedRun:
         return self.path / "eval" / f"classify{suffix}.json", self.path / "eval" / f"predictions{suffix}.npz"
 
 
-def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterable[str] = ()) -> TrainedRun:
+def open_trained(
+    run: Path | str, *, checkpoint: str = "last", weights: Weights | None = None, overrides: Iterable[str] = ()
+) -> TrainedRun:
     """A run for evaluation. Its device is chosen anew (`run.device=auto`); `overrides` may change `data.*` and `run.*`.
+
+    Args:
+        weights: as of `mwt.checkpoint.load_model`.
 
     Raises:
         InputError: not a run directory, no such checkpoint, a damaged file, an override that would change the model.
@@ -92,14 +100,21 @@ def open_trained(run: Path | str, *, checkpoint: str = "last", overrides: Iterab
         raise InputError("run.precision is fp16, which needs a CUDA device; add run.precision=fp32 on the CPU.")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    model = load_model(folder, device)
+    model = load_model(folder, device, weights=weights)
     step = int(folder.name.rpartition("-")[2])
     if any(item.startswith(EVAL_FRACTION) for item in overrides):
         inner = replace(model.config.inner_loop, eval_fraction=config.inner_loop.eval_fraction)
         model.config = replace(model.config, inner_loop=inner)
     altered = any(item.startswith(("data.path=", "data.limit=", EVAL_FRACTION)) for item in overrides)
     return TrainedRun(
-        path=run, checkpoint=checkpoint, step=step, config=config, model=model, device=device, altered=altered
+        path=run,
+        checkpoint=checkpoint,
+        step=step,
+        config=config,
+        model=model,
+        device=device,
+        weights=weights,
+        altered=altered,
     )
 
 

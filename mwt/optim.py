@@ -1,14 +1,18 @@
-"""The outer optimizer: AdamW in three groups, OneCycle, gradient clipping per group.
+"""The outer optimizer: AdamW in three groups, its schedule, gradient clipping per group.
 
 As released with the paper: weight decay on every tensor, OneCycle with a maximum per group (its momentum cycling
-included), norms clipped group by group.
+included), norms clipped group by group. Other schedules move the rates alone.
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from mwt.config import OptimConfig
 from mwt.model import MetaWeightTransformer
@@ -21,13 +25,25 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> OneCycleLR:
-    """OneCycle over `total_steps` optimizer steps; call its `step` after each."""
+def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> LRScheduler:
+    """The schedule over `total_steps` optimizer steps; call its `step` after each."""
+    if config.schedule != "onecycle":
+        rise = round(config.warmup * total_steps)
+        return LambdaLR(
+            optimizer, partial(rate_factor, rise=rise, total=total_steps, falls=config.schedule == "cosine")
+        )
     rates = [group["lr"] for group in optimizer.param_groups]
     warmup = config.warmup
     if warmup * total_steps == 1:  # OneCycleLR would divide by the zero steps of such a rise
         warmup = 1.5 / total_steps
     return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps, pct_start=warmup)
+
+
+def rate_factor(step: int, *, rise: int, total: int, falls: bool) -> float:
+    """What the rates are multiplied with at `step`, counted from 0: up a line, then level or down a cosine to 0."""
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2 if falls else 1.0
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> torch.Tensor:
@@ -38,3 +54,14 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
         parameters = group["params"]
         norms.append(nn.utils.clip_grad_norm_(parameters, limit).to(parameters[0].device))  # frozen: 0, on the CPU
     return torch.stack(norms)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norms: torch.Tensor) -> None:
+    """`optimizer.step()`, which does nothing where a norm is not finite: parameters, moments and counters stay.
+
+    The device decides: fused optimizers take such a flag, made for loss scaling. A gradient scaler sets its own.
+    """
+    own: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if own.defaults.get("fused"):
+        own.found_inf = (~norms.isfinite().all()).float()
+    optimizer.step()

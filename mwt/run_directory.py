@@ -6,18 +6,22 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from mwt.checkpoint import SAME_RESULT, find_checkpoint
+from mwt.checkpoint import SAME_RESULT, check_run_directory
 from mwt.config import ClassifyConfig, config_yaml, load_config
 from mwt.errors import InputError
-from mwt.runtime import environment, write_json
+from mwt.runtime import environment, sync, write_json, write_text
 
 MAY_CHANGE = {
-    "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "checkpoint_minutes",
-            "eval_batch_size", "trackers"},
+    "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "monitor_limit",
+            "checkpoint_minutes", "eval_batch_size", "trackers", "on_nonfinite", "max_skipped"},
+    "optim": {"accumulate"},
     "data": {"path", "test_split", "monitor_split", "resident_mb", "workers"},
     **SAME_RESULT,
 }  # fmt: skip
 """What a resumed run may set otherwise; everything else would make it another run."""
+
+BEGINNING = ("overrides.txt", "env.json", ".env.json.", ".debug", ".config.yaml.")
+"""What a process that is killed while it makes a run directory may leave in it."""
 
 
 def check_same_run(stored: ClassifyConfig, config: ClassifyConfig, run: Path) -> None:
@@ -44,22 +48,23 @@ def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming
     """
     run = Path(config.run.dir)
     if resuming:
-        find_checkpoint(run)
+        check_run_directory(run)
         check_same_run(load_config(ClassifyConfig, run / "config.yaml"), config, run)
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
             f"`python -m train.classify --resume run.dir={run}`."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(config_yaml(config))
         (run / "overrides.txt").write_text("".join(f"{item}\n" for item in overrides))
         write_json(run / "env.json", environment())
         if debug:
             (run / ".debug").touch()
+        write_text(run / "config.yaml", config_yaml(config))  # last: with it, it is a run directory
+        sync(run)
     except OSError as error:
         raise InputError(f"The run directory {run} cannot be written: {error.strerror}.") from error

@@ -16,6 +16,7 @@ import sysconfig
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,7 @@ import torch
 from mwt.errors import InputError, TrainingError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
 
 def keep_freed_memory() -> bool:
@@ -87,7 +89,18 @@ def check_launcher(precision: str) -> None:
             f"{precision!r}; set run.precision, and leave the launcher's at 'no'."
         )
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise InputError("Gradient accumulation is not supported; launch with gradient_accumulation_steps 1.")
+        raise InputError("Gradient accumulation is set by optim.accumulate; leave the launcher's at 1.")
+
+
+def end_with_launcher() -> None:
+    """Have the system send SIGTERM when `accelerate launch` ends that has started this process alone (Linux).
+
+    It passes no SIGTERM on: a run would go on in the background after its launcher is gone. Launchers of several
+    processes (torchrun) pass signals on, and so need nothing.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}
@@ -149,6 +162,10 @@ class StopRequested:
         return 128 + (self.signal or signal.SIGINT)
 
 
+TO_MEND = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, errno.EIO, errno.EFBIG}
+"""Errors of the system that a person can mend: disk full, quota, file size limit, no permission, broken disk."""
+
+
 def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
     """Run a program's `main` and leave with its exit status: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 else.
 
@@ -163,7 +180,7 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except KeyboardInterrupt:
         status = _complain("interrupted.", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, errno.EIO):
+        if error.errno not in TO_MEND:
             raise
         status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
     sys.stdout.flush()
@@ -232,11 +249,15 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,12 +15,11 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
 
     @property
     def position(self) -> int:
         """Bytes written so far, all of them on disk."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -28,11 +28,20 @@ class MetricsLog:
         self._file.truncate(min(position, os.fstat(self._file.fileno()).st_size))
         self._file.seek(0, os.SEEK_END)
 
-    def write(self, *, step: int, epoch: float, split: str, **numbers: float) -> None:
-        """One line: step, epoch, split, then named numbers."""
-        line = json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **numbers})
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+    def write(self, *, step: int, epoch: float, split: str, **numbers: float | int) -> None:
+        """One line: step, epoch, split, then named numbers.
+
+        Raises:
+            OSError: disk full; nothing of the line is then written.
+        """
+        line = json.dumps({"step": step, "epoch": round(epoch, 4), "split": split, **numbers}).encode() + b"\n"
+        before = self._file.tell()
+        try:
+            if self._file.write(line) < len(line):  # the disk took a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.truncate(before)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Close the file."""

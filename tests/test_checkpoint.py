@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, FAILURES[place], full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"step 2 .*No space left on device.*step-00000001, is untouched.*--resume"):
         save(run, 2, model, optimizer)
     assert folders(run) == ["last.json", "step-00000001"]
 
@@ -203,6 +203,40 @@ def test_a_damaged_config_is_refused_with_a_sentence(run: Path, content: str) ->
         load_model(folder)
     with pytest.raises(InputError, match=re.escape(str(folder))):
         resume(folder, model=model, optimizer=optimizer)
+
+
+def test_averaged_weights_are_the_model_and_the_trained_ones_lie_beside_it(run: Path) -> None:
+    (model, optimizer), (average, _) = build(), build()
+    step(model, optimizer)
+    state = {"step": 1}
+    folder = save_checkpoint(run, name="last", model=model, optimizer=optimizer, state=state, average=average)
+    for weights, expected in ((None, average), ("ema", average), ("raw", model)):
+        loaded = load_model(folder, weights=weights)
+        for (name, a), b in zip(loaded.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(a, b), (weights, name)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), average.parameters(), strict=True))
+    (resumed, its_optimizer), (its_average, _) = build(), build()
+    resume(folder, model=resumed, optimizer=its_optimizer, average=its_average)
+    for one, other in ((resumed, model), (its_average, average)):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert load_run(run, weights="raw")[1].siren.out_scale.equal(model.siren.out_scale)
+
+
+def test_an_average_that_there_is_not(run: Path) -> None:
+    model, optimizer = build()
+    folder = save(run, 1, model, optimizer)
+    assert load_model(folder, weights="raw").siren.out_scale.equal(model.siren.out_scale)
+    with pytest.raises(InputError, match=r"no average of the weights; it was trained without optim\.ema"):
+        load_model(folder, weights="ema")
+
+
+def test_what_killed_processes_left_is_cleared_away(run: Path) -> None:
+    model, optimizer = build()
+    save(run, 1, model, optimizer)
+    (run / "checkpoints" / ".last.json.123").write_text('{"fol')
+    (run / "checkpoints" / ".step-00000002.123").mkdir()
+    save(run, 3, model, optimizer)
+    assert folders(run) == ["last.json", "step-00000003"]
 
 
 def test_finding_a_checkpoint(run: Path, tmp_path: Path) -> None:

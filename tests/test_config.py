@@ -108,6 +108,13 @@ def test_nothing_writes_into_a_config() -> None:
         ("data.batch_size=0", r"data\.batch_size"),
         ("optim.epochs=0", r"optim\.epochs"),
         ("run.log_every=0", r"run\.log_every"),
+        ("run.max_skipped=0", r"run\.max_skipped is 0; it must be at least 1"),
+        ("run.monitor_limit=0", r"run\.monitor_limit must be at least 1, or null"),
+        ("run.on_nonfinite=ignore", r"ignore.*raise.*skip"),
+        ("optim.accumulate=0", r"optim\.accumulate is 0; it must be at least 1"),
+        ("optim.ema=1.0", r"optim\.ema is 1\.0; it must lie in \(0, 1\), or be null"),
+        ("optim.ema=0", r"optim\.ema is 0"),
+        ("optim.schedule=linear", r"linear.*onecycle.*cosine.*constant"),
     ],
 )
 def test_refusals_name_the_key(override: str, message: str) -> None:

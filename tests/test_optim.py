@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, SequentialLR
 
 from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, OptimConfig, ReaderConfig, SirenConfig
 from mwt.model import MetaWeightTransformer
@@ -99,6 +102,56 @@ def test_a_schedule_of_any_length_can_be_walked(total: int, warmup: float) -> No
         optimizer.step()
         schedule.step()
     assert all(math.isfinite(rate) for rate in schedule.get_last_lr())
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0.1, 40), (0.0, 40), (0.05, 7), (0.5, 1)])
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+def test_the_other_schedules_against_torchs_own(name: str, warmup: float, total: int) -> None:
+    config = OptimConfig(schedule=name, warmup=warmup)
+    ours, theirs = (make_optimizer(model(), config) for _ in range(2))
+    schedule = make_schedule(ours, config, total_steps=total)
+    rise = round(warmup * total)
+    level = (
+        CosineAnnealingLR(theirs, T_max=max(1, total - rise)) if name == "cosine" else ConstantLR(theirs, factor=1.0)
+    )
+    reference = level
+    if rise:
+        up = LinearLR(theirs, start_factor=1 / (rise + 1), total_iters=rise)
+        with warnings.catch_warnings():  # torch's own call of a form that torch deprecates
+            warnings.simplefilter("ignore")
+            reference = SequentialLR(theirs, [up, level], milestones=[rise])
+    for _ in range(total):
+        assert schedule.get_last_lr() == pytest.approx([g["lr"] for g in theirs.param_groups], rel=1e-9, abs=1e-20)
+        assert all(group["betas"][0] == 0.9 for group in ours.param_groups)  # the momentum does not cycle
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        schedule.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference.step()
+    top = max(RATES.values())
+    assert max(schedule.get_last_lr()) == pytest.approx(0.0 if name == "cosine" else top, abs=1e-12 * top)
+
+
+@pytest.mark.parametrize("name", ["onecycle", "cosine", "constant"])
+def test_the_state_of_a_schedule_is_json_and_goes_on(name: str) -> None:
+    config = OptimConfig(schedule=name, warmup=0.3)
+    rates: list[list[float]] = []
+    for stop in (20, 7):
+        optimizer = make_optimizer(model(), config)
+        schedule = make_schedule(optimizer, config, total_steps=20)
+        walked = []
+        for step in range(20):
+            if step == stop:
+                stored = json.loads(json.dumps(schedule.state_dict()))
+                optimizer = make_optimizer(model(), config)
+                schedule = make_schedule(optimizer, config, total_steps=20)
+                schedule.load_state_dict(stored)
+            walked.append(schedule.get_last_lr())
+            optimizer.step()
+            schedule.step()
+        rates.append([rate for row in walked for rate in row])
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize("limit", [1.0, 0.1, None])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from mwt.tracking import MetricsLog, read_metrics
+
+ROOT = Path(__file__).parents[1]
 
 
 def write(log: MetricsLog, *steps: int) -> None:
@@ -57,3 +61,18 @@ def test_a_log_that_was_deleted_is_not_filled_with_zeros(tmp_path: Path) -> None
 
 def test_no_log_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_full_disk_leaves_no_torn_line_and_names_the_file(tmp_path: Path) -> None:
+    """In a process of its own, whose files may not grow beyond 200 bytes: the second line fits in part."""
+    path = tmp_path / "metrics.jsonl"
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom mwt.tracking import MetricsLog\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))\nlog = MetricsLog(Path(sys.argv[1]))\n"
+        "for step in range(3):\n"
+        "    try:\n        log.write(step=step, epoch=0.0, split='x' * 80)\n"
+        "    except OSError as error:\n        print(step, error.filename)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == [f"1 {path}", f"2 {path}"], done.stderr
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0]

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,18 @@ from data_pipes.augment import augment
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from mwt import memory, runtime
-from mwt.checkpoint import find_checkpoint
+from mwt.checkpoint import check_run_directory, has_checkpoint
 from mwt.config import DEBUG, ClassifyConfig, config_yaml, flat, list_configs, load_config, model_config
 from mwt.errors import InputError
-from mwt.evaluation import autocast, evaluate
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
+from mwt.outer_loop import OuterLoop
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program
 from mwt.stages import LEARNS, begin_stage, load_field
 from mwt.structs import Batch
 from mwt.tracking import MetricsLog, last_training_table
-from mwt.training import train_step
 from mwt.training_state import TrainingState
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classify"
@@ -54,7 +53,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ClassifyConfig]:
     parser.add_argument("--list", action="store_true", help="list the configs and leave")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
     parser.add_argument("--debug", action="store_true", help="two small steps on the CPU through the whole program")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in run.dir, or begin if there is none"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ClassifyConfig]:
     path = arguments.config
     if arguments.resume and path is None:  # the run knows its configuration
         run = Path(load_config(ClassifyConfig, None, overrides).run.dir)
-        find_checkpoint(run)
+        check_run_directory(run)
         path = run / "config.yaml"
     return arguments, load_config(ClassifyConfig, path, overrides)
 
@@ -72,54 +73,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, ClassifyConfig]:
 # ---- what a run is made of ---------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class Run:
-    """Everything that a run holds while it runs."""
-
-    config: ClassifyConfig
-    accelerator: Accelerator
-    train: Split
-    monitored: Split | None
-    may_choose: bool
-    """Whether `best` may be chosen on the monitored split: only on `val`, never on what is reported."""
-    model: MetaWeightTransformer
-    forward: Any
-    """The model as accelerate prepared it."""
-    optimizer: Any
-    """The optimizer likewise."""
-    state: TrainingState
-    example: Batch
-    """One signal of the training split, augmented."""
-
-    @property
-    def directory(self) -> Path:
-        """The run directory."""
-        return Path(self.config.run.dir)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.state.total_steps
-
-    def save(self, name: str) -> None:
-        """A checkpoint, unless a step since the last one was not finite."""
-        self.state.save(self.directory, name)
-        self.accelerator.wait_for_everyone()
-
-    def record(self, split: str, numbers: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and the same to the other trackers."""
-        state = self.state
-        if state.log is not None:
-            state.log.write(step=state.step, epoch=state.epoch, split=split, **numbers)
-            self.accelerator.log({f"{split}/{key}": value for key, value in numbers.items()}, step=state.step)
-
-
 def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> tuple[Split, Split | None]:
     """The training split and the monitored one, if any."""
     data, world = config.data, accelerator.num_processes
-    if data.batch_size % world:
+    if data.batch_size % (world * config.optim.accumulate):
         raise InputError(
-            f"data.batch_size is {data.batch_size}, which {world} processes cannot share evenly; choose a multiple."
+            f"data.batch_size is {data.batch_size}, which {world} process(es) times {config.optim.accumulate} micro "
+            "batches (optim.accumulate) cannot share evenly; choose a multiple."
         )
     train = open_configured(data, data.train_split, accelerator.device)
     if train.steps(data.batch_size // world, drop_last=True, world=world) == 0:
@@ -131,13 +91,23 @@ def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerato
     return train, open_configured(data, monitored, accelerator.device) if monitored else None
 
 
-def prepare_batch(batch: Batch, config: ClassifyConfig, *, epoch: int) -> Batch:
+def prepare_batch(batch: Batch, config: ClassifyConfig, epoch: int) -> Batch:
     """The batch as training sees it: augmented."""
     return augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding)
 
 
-def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -> Run:
-    """Data, model, optimizer and schedule, everything at its beginning."""
+def locate(split: Split, position: int) -> dict[str, Any]:
+    """Shard and key of a sample."""
+    shards = zip(split.info.shard_paths(split.name), split.info.split(split.name).shards, strict=True)
+    ends = accumulate(shard.count for _, shard in shards)
+    index = next(index for index, end in enumerate(ends) if position < end)
+    return {"shard": str(split.info.shard_paths(split.name)[index]), "key": split.key(position)}
+
+
+def build(
+    config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator, *, resuming: bool
+) -> tuple[OuterLoop, Split, Batch]:
+    """Data, model, optimizer and schedule, everything at its beginning; the split to train on, and one signal of it."""
     device = accelerator.device
     train, monitored = open_data(config, info, accelerator)
     example = prepare_batch(next(train.batches(batch_size=1)), config, epoch=0)
@@ -145,96 +115,29 @@ def build(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator) -
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
     begin_stage(model, config.run.stage)
+    if config.run.init_from and not (resuming and has_checkpoint(Path(config.run.dir))):  # a checkpoint has it already
+        load_field(model, config.run.init_from)
     world = accelerator.num_processes
     steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
     state = TrainingState.begin(model, config, steps_per_epoch=steps_per_epoch, scaler=accelerator.scaler)
-    return Run(
+    state.locate = partial(locate, train)
+    loop = OuterLoop(
         config=config,
         accelerator=accelerator,
         train=train,
+        prepare=lambda batch, epoch: prepare_batch(batch, config, epoch),
         monitored=monitored,
         may_choose=monitored is not None and monitored.name == "val" != config.data.test_split,
         model=model,
         forward=model,
         optimizer=state.optimizer,
         state=state,
-        example=example,
     )
+    return loop, train, example
 
 
-# ---- the outer loop ----------------------------------------------------------------------------------------------
-
-
-def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
-    """The rest of one epoch; returns early where a stop was asked for."""
-    config, state, accelerator, device = run.config, run.state, run.accelerator, run.accelerator.device
-    batches = run.train.batches(
-        batch_size=config.data.batch_size // accelerator.num_processes,
-        epoch=epoch,
-        seed=config.run.seed,
-        shuffle=True,
-        drop_last=True,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        start=state.step - epoch * state.steps_per_epoch,
-    )
-    saved_at = time.monotonic()
-    state.start_clock()
-    for batch in batches:
-        state.step += 1
-        train_step(
-            run.forward,
-            prepare_batch(batch, config, epoch=epoch),
-            step=state.step,
-            epoch=epoch,
-            seed=config.run.seed,
-            inner_loop=config.inner_loop,
-            optimizer=run.optimizer,
-            clip_norm=config.optim.clip_norm,
-            autocast=autocast(device, config.run.precision),
-            backward=accelerator.backward,
-            unscale=lambda: accelerator.unscale_gradients(run.optimizer),
-            meter=state.meter,
-        )
-        if not run.optimizer.step_was_skipped:
-            state.schedule.step()
-        bar.update(config.data.batch_size)
-        state.stop_clock()
-        if state.step % config.run.log_every == 0 or state.step == run.total_steps:
-            numbers = state.numbers(config.data.batch_size, device)
-            run.record(run.train.name, numbers)
-            bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
-        due = time.monotonic() - saved_at > 60 * config.run.checkpoint_minutes
-        stopping, saving = stop.vote(state.step, device, save=due)
-        if stopping:
-            return
-        if saving:
-            run.save("last")
-            saved_at = time.monotonic()
-
-
-def monitor(run: Run) -> None:
-    """After an epoch that asks for it, evaluate the monitored split, and keep the best model where that is allowed."""
-    state = run.state
-    if run.monitored is None or not state.evaluation_due(run.config.run.monitor_every):
-        return
-    batches = run.monitored.batches(
-        batch_size=run.config.run.eval_batch_size,
-        rank=run.accelerator.process_index,
-        world=run.accelerator.num_processes,
-    )
-    summary = evaluate(run.model, batches, precision=run.config.run.precision, whole_signal=False).summary()
-    state.monitored_step = state.step
-    run.record(run.monitored.name, {key: value for key, value in summary.items() if isinstance(value, float)})
-    score = -summary["mse"] if run.config.run.stage == "reconstruction" else summary["accuracy"]
-    if run.may_choose and score > state.best:
-        state.best = score
-        run.save("best")
-    run.save("last")  # the same step, with what the evaluation has added
-
-
-def train(run: Run, stop: StopRequested) -> int:
-    """All epochs from where the run stands. Returns the exit status."""
+def train(run: OuterLoop, stop: StopRequested) -> int:
+    """Train to the end, or until stopped, under a progress bar. Returns the exit status."""
     batch_size, main_process = run.config.data.batch_size, run.accelerator.is_main_process
     with tqdm(
         total=run.total_steps * batch_size,
@@ -246,14 +149,14 @@ def train(run: Run, stop: StopRequested) -> int:
         smoothing=0.05,
         mininterval=0.5,
     ) as bar:
-        monitor(run)  # where a run died between an epoch's end and its evaluation
-        for epoch in range(run.state.step // run.state.steps_per_epoch, run.config.optim.epochs):
-            train_epoch(run, epoch, bar, stop)
-            run.save("last")
-            monitor(run)
-            if stop.vote(0, run.accelerator.device)[0]:
-                break
-    if run.state.step == run.total_steps:
+
+        def on_step(numbers: dict[str, float] | None) -> None:
+            bar.update(batch_size)
+            if numbers:
+                bar.set_postfix(loss=f"{numbers['classification_loss']:.3f}", accuracy=f"{numbers['accuracy']:.3f}")
+
+        finished = run.run(stop, on_step)
+    if finished:
         return 0
     if main_process:
         print(
@@ -267,9 +170,9 @@ def train(run: Run, stop: StopRequested) -> int:
 # ---- what the program says ---------------------------------------------------------------------------------------
 
 
-def describe(run: Run, compiled: bool) -> None:
+def describe(run: OuterLoop, split: Split, example: Batch, *, compiled: bool) -> None:
     """What is about to happen, in a few lines."""
-    config, split = run.config, run.train
+    config = run.config
     counts = {name: sum(p.numel() for p in params) for name, params in run.model.parameter_groups().items()}
     kept = "kept on the device" if split.resident else "streamed"
     classes = len(split.facts.classes)
@@ -290,8 +193,8 @@ def describe(run: Run, compiled: bool) -> None:
     world, device = run.accelerator.num_processes, run.accelerator.device
     need = memory.estimate(
         run.model.config,
-        run.example,
-        batch_size=config.data.batch_size // world,
+        example,
+        batch_size=config.data.batch_size // world // config.optim.accumulate,
         precision=config.run.precision,
         device=device,
         stage=config.run.stage,
@@ -303,7 +206,7 @@ def describe(run: Run, compiled: bool) -> None:
     print(f"run       {run.directory}" + (f", going on at step {run.state.step}" if run.state.step else ""), flush=True)
 
 
-def conclude(run: Run) -> None:
+def conclude(run: OuterLoop) -> None:
     """What came of it, and what to do next."""
     if table := last_training_table(run.directory / "metrics.jsonl"):
         print(f"\n{table}")
@@ -322,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     keep_freed_memory()
+    runtime.end_with_launcher()
     runtime.check_launcher(config.run.precision)
     runtime.check_trackers(config.run.trackers)
     device = runtime.choose_device(config.run.device)
@@ -337,16 +241,14 @@ def main(argv: list[str] | None = None) -> int:
         log_with=list(config.run.trackers) or None,
         project_dir=config.run.dir,
     )
-    run = build(config, info, accelerator)
-    if config.run.init_from and not arguments.resume:  # a resumed run has what it began with in its checkpoint
-        load_field(run.model, config.run.init_from)
+    run, split, example = build(config, info, accelerator, resuming=arguments.resume)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             open_run_directory(config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug)
             run.state.log = stack.enter_context(closing(MetricsLog(run.directory / "metrics.jsonl")))
         accelerator.wait_for_everyone()
         if arguments.resume:
-            run.state.restore(run.directory)
+            run.state.restore()
         compiled = runtime.compile_pays(config.run.compile, device, run.total_steps)
         if compiled:
             run.model.compile_parts()
@@ -354,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.run.trackers:
             accelerator.init_trackers("meta-weight-transformer", config=flat(config))
         if accelerator.is_main_process:
-            describe(run, compiled)
+            describe(run, split, example, compiled=compiled)
         status = train(run, stack.enter_context(StopRequested()))
     if config.run.trackers:
         accelerator.end_training()

@@ -1,0 +1,224 @@
+"""Several processes, on one machine and on two 'nodes', do what one does: real launchers, gloo, CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mwt.tracking import read_metrics
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
+TWENTY = ("--debug", "data.limit=80", "optim.epochs=2", "data.monitor_split=test")
+"""20 steps of 8 signals, each step of the inner loop on 16 of 64 points."""
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+# accelerate's --cpu starts one process whatever --num_processes says; --multi_gpu starts as many as it is told.
+ACCELERATE = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(launcher: tuple[str, ...], run: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "train.classify", *arguments, f"run.dir={run}"],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(*started: subprocess.Popen[str], status: int | None = 0, seconds: float = 200) -> str:
+    said = ""
+    try:
+        for process in started:
+            said += process.communicate(timeout=seconds)[0]
+            assert status is None or process.returncode == status, said[-4000:]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return said
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
+    return load_file(run / "checkpoints" / folder / file)
+
+
+def check_alike(one: Path, other: Path, tolerance: float = 1e-6) -> None:
+    """The same lines in the log, losses and parameters within `tolerance`."""
+    ours, theirs = rows(one), rows(other)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            near = pytest.approx(value, rel=10 * tolerance, abs=tolerance) if isinstance(value, float) else value
+            assert b[key] == near, (a["step"], key)
+    parameters = tensors(other)
+    for name, value in tensors(one).items():
+        torch.testing.assert_close(parameters[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of one process, made once for each set of arguments."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*arguments: str) -> Path:
+        if arguments not in made:
+            made[arguments] = tmp_path_factory.mktemp("alone") / "run"
+            finish(start((), made[arguments], *arguments))
+        return made[arguments]
+
+    return make
+
+
+AUGMENTED = (*TWENTY, "data.augment=crop", "data.crop_padding=1", "optim.ema=0.9")
+
+
+def test_two_processes_of_torchrun_do_what_one_does(tmp_path: Path, alone: Any) -> None:
+    """Only the order in which sums over a batch are added differs. Augmented, on subsets of points, averaged."""
+    two = tmp_path / "two"
+    finish(start(TORCHRUN, two, *AUGMENTED))
+    assert rows(two)[-1]["step"] == 20
+    check_alike(alone(*AUGMENTED), two)
+    assert tensors(two).keys() == tensors(two, "raw.safetensors").keys()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_two_nodes_do_what_one_process_does(tmp_path: Path, alone: Any) -> None:
+    """Two agents on one machine that find each other through a rendezvous, as on a cluster."""
+    run, port = tmp_path / "run", free_port()
+    nodes = [
+        start(
+            ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_id", "test",
+             "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--local_addr", "127.0.0.1"),
+            run, *AUGMENTED, "optim.accumulate=2",
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = finish(*nodes)
+    assert said.count("Evaluate with:") == 1, "more than one process takes itself for the main one"
+    check_alike(alone(*AUGMENTED), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+@pytest.mark.parametrize(
+    ("arguments", "tolerance"),
+    [
+        pytest.param((), 1e-6, id="all points"),
+        pytest.param(("data.augment=coords", "optim.schedule=cosine", "optim.accumulate=2"), 1e-6, id="accumulated"),
+        pytest.param(
+            ("run.compile=always", "inner_loop.checkpoint=true", "reader.checkpoint=true", "data.augment=crop",
+             "data.crop_padding=1"), 1e-6, id="compiled, all recomputed",
+        ),
+        pytest.param(("run.precision=bf16",), 2e-2, id="bf16"),
+    ],
+)  # fmt: skip
+def test_two_processes_do_what_one_does_however_it_is_computed(
+    tmp_path: Path, alone: Any, launcher: tuple[str, ...], arguments: tuple[str, ...], tolerance: float
+) -> None:
+    points = ("inner_loop.points=null",) if not arguments else ()
+    single = tuple(word for word in arguments if "accumulate" not in word)
+    two = tmp_path / "two"
+    finish(start(launcher, two, *TWENTY, *points, *arguments), seconds=600)
+    check_alike(alone(*TWENTY, *points, *single), two, tolerance)
+
+
+def wait_for_rows(run: Path, process: subprocess.Popen[str], count: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run / "metrics.jsonl")) < count and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_launcher_of_several_processes_passes_sigterm_on_and_the_run_is_saved(tmp_path: Path) -> None:
+    """torchrun, and accelerate's launcher for several processes, which is the same: forwarded, saved, resumed."""
+    run = tmp_path / "run"
+    process = start(TORCHRUN, run, *TWENTY, "optim.epochs=2000", "run.log_every=8")
+    wait_for_rows(run, process)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, status=None)
+    assert time.monotonic() - asked < 20
+    assert "saved. Go on with:" in said
+    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
+    step = int(folder.removeprefix("step-"))
+    assert step >= rows(run)[-1]["step"] > 0
+    assert len(tensors(run)) > 0
+
+
+def test_accelerate_passes_no_sigterm_on_to_a_single_process_but_that_ends_with_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",
+                "no", "--dynamo_backend", "no")  # fmt: skip
+    process = start(launcher, run, *TWENTY, "optim.epochs=2000", "run.log_every=1")
+    wait_for_rows(run, process)
+    process.send_signal(signal.SIGTERM)
+    said = finish(process, status=-signal.SIGTERM)  # waits for the end of all output, so for the end of the run
+    assert "saved. Go on with:" in said
+    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
+    assert rows(run)[-1]["step"] <= int(folder.removeprefix("step-")) < 20000
+
+
+NONFINITE = """
+import sys, torch, train.classify, mwt.training
+from mwt.observe import observe
+from mwt.runtime import run_program
+
+def poisoned(batch, *args, **kwargs):
+    seen = observe(batch, *args, **kwargs)
+    calls.append(1)
+    if len(calls) == 3 and torch.distributed.get_rank() == 1:
+        seen.values[:] = float("nan")
+    return seen
+
+calls = []
+mwt.training.observe = poisoned
+run_program(train.classify.main, sys.argv[1:])
+"""
+
+
+def test_one_process_meets_nan_and_both_skip_the_step(tmp_path: Path) -> None:
+    """The step is skipped in both, or their weights would part; the report names the samples of both."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(NONFINITE)
+    run = tmp_path / "run"
+    arguments = [*TWENTY[:3], "run.on_nonfinite=skip", f"run.dir={run}", "run.log_every=2"]
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script), *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Step 3 was skipped" in done.stderr
+    [report] = (run / "nonfinite").iterdir()
+    samples = json.loads(report.read_text())["samples"]
+    assert len(samples) == 8
+    assert len({sample["key"] for sample in samples}) == 8
+    assert rows(run)[-1]["skipped"] == 1
+    assert all(value.isfinite().all() for value in tensors(run).values())
