@@ -79,7 +79,7 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 def test_interrupted_writing_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def broken() -> Iterator[Sample]:
         yield from samples(3)
-        assert any(tmp_path.glob(".data.partial-*/train-000000.tar")), "nothing was being written"
+        assert any(tmp_path.glob(".data.partial-*/unfinished.tar")), "nothing was being written"
         raise error
 
     with pytest.raises(error):
