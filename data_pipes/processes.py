@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -43,9 +44,7 @@ def ordered_processes(
         yield from map(function, items)
         return
     pending: deque[Future[list[Any]]] = deque()
-    # spawn: a forked child would inherit torch's threads in whatever state they are
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(function,))
+    executor = ProcessPoolExecutor(workers, _context(function), initializer=_begin, initargs=(function,))
     try:
         for start in range(0, len(items), piece):
             pending.append(executor.submit(_run, items[start : start + piece]))
@@ -59,6 +58,17 @@ def ordered_processes(
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _context(function: Callable[[Any], Any]) -> BaseContext:
+    # Never plain forks: a child would inherit torch's threads in whatever state they are. A fork server has none, and
+    # imports once what each spawned process would have to import again (seconds).
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    module = getattr(function, "__module__", None) or getattr(getattr(function, "func", None), "__module__", None)
+    context.set_forkserver_preload([__name__, module or __name__])
+    return context
 
 
 def _begin(function: Callable[[Any], Any]) -> None:

@@ -1,5 +1,5 @@
-"""Check a folder of shards: counts, sizes, checksums, whether every sample decodes and has a label in range, and whether
-a signal lies in two splits."""
+"""Check a folder of shards: counts, sizes, checksums, whether every sample decodes and has a label in range, and
+whether a signal lies in two splits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
 def digest(signal: Tensor) -> bytes:
     """A hash of a signal's shape and numbers: the same pixels are the same signal, whatever their encoding."""
     hashed = hashlib.blake2b(str((tuple(signal.shape), signal.dtype)).encode(), digest_size=_DIGEST_BYTES)
-    hashed.update(signal.contiguous().view(torch.uint8).numpy())
+    hashed.update(signal.contiguous().view(torch.uint8).numpy().data)
     return hashed.digest()
 
 
@@ -81,9 +81,7 @@ class _Seen:
         for key, hashed in report.digests:
             first_split, first = self._where.setdefault(hashed, (split, f"{key} of {shard.file}"))
             if first_split != split:
-                faults.append(
-                    f"Sample {key} of {shard.file} ({split}) is the same signal as {first} ({first_split})."
-                )
+                faults.append(f"Sample {key} of {shard.file} ({split}) is the same signal as {first} ({first_split}).")
         return faults
 
 

@@ -42,8 +42,8 @@ def distances(queries: Float[Tensor, "B Q 3"], surface: Float[Tensor, "B N 3"]) 
     the surface it would lose most of the digits.
     """
     if queries.device.type == "cpu":
-        found = [cKDTree(points.numpy()).query(asked.numpy())[0] for asked, points in zip(queries, surface, strict=True)]
-        return torch.stack([torch.from_numpy(distance) for distance in found]).float()
+        pairs = zip(queries.numpy(), surface.numpy(), strict=True)
+        return torch.stack([torch.from_numpy(cKDTree(points).query(asked)[0]) for asked, points in pairs]).float()
     return by_differences(queries, surface, chunk=max(1, PAIRS_AT_ONCE // surface.shape[1]))
 
 

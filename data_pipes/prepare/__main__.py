@@ -17,7 +17,7 @@ from data_pipes.prepare.images import FITS
 from data_pipes.prepare.source import Part, Request, Source, check_fraction
 from data_pipes.processes import available_cores
 from data_pipes.schema import DatasetInfo
-from data_pipes.write import Sample, check_new, finished_shards, partial_folder, write_dataset
+from data_pipes.write import SHARD_BYTES, Sample, check_new, finished_shards, partial_folder, write_dataset
 from mwt.errors import InputError
 from mwt.runtime import run_program
 
@@ -66,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of splits and surface points made here (default 0)")
     parser.add_argument(
+        "--shard-mib", type=float, metavar="M", default=SHARD_BYTES / 2**20,
+        help="size at which a shard is closed, in MiB (default %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
         "--workers", type=int, metavar="N",
         help="processes that read and encode (default: the cores, for large data sets); the result is the same",
     )  # fmt: skip
@@ -89,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     check_fraction("test-fraction", options.test_fraction)
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers is {options.workers}; it cannot be negative.")
+    if not options.shard_mib > 0:
+        raise InputError(f"--shard-mib is {options.shard_mib}; it must be positive.")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise InputError(f"--quality is {options.quality}; it must lie between 1 and 100.")
     request = Request(
@@ -99,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     source = SOURCES[options.name](request)
     for note in source.notes:
         print(note)
-    _report(_write(options.out.expanduser(), source, request, _workers(options.name, source, options.workers)))
+    workers = _workers(options.name, source, options.workers)
+    _report(_write(options.out.expanduser(), source, request, workers, round(options.shard_mib * 2**20)))
 
 
 def _workers(name: str, source: Source, wanted: int | None) -> int:
@@ -109,7 +116,7 @@ def _workers(name: str, source: Source, wanted: int | None) -> int:
     return 0 if name in IN_MEMORY else min(available_cores(), _MAX_WORKERS, enough)
 
 
-def _write(out: Path, source: Source, request: Request, workers: int) -> DatasetInfo:
+def _write(out: Path, source: Source, request: Request, workers: int, shard_bytes: int) -> DatasetInfo:
     partial_out = partial_folder(out)
     before = sum(map(len, finished_shards(partial_out).values()))
     if before:
@@ -118,12 +125,14 @@ def _write(out: Path, source: Source, request: Request, workers: int) -> Dataset
         return write_dataset(
             out, name=source.name, facts=source.facts, licence=source.licence,
             splits={split: partial(_samples, split, part, workers) for split, part in source.splits.items()},
-            arguments=_arguments(source, request),
+            shard_bytes=shard_bytes, arguments=_arguments(source, request),
         )  # fmt: skip
     except BaseException:
         kept = sum(map(len, finished_shards(partial_out).values()))
         if kept:
-            sys.stderr.write(f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n")
+            sys.stderr.write(
+                f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n"
+            )
         raise
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
-from data_pipes.prepare.images import ImageFile, tar_members
 from data_pipes.prepare.imagenette import SPLITS, images_source, trees_source
+from data_pipes.prepare.images import ImageFile, tar_members
 from data_pipes.prepare.source import Request, Source
 from mwt.errors import InputError
 
@@ -91,6 +91,7 @@ def _from_tars(src: Path, request: Request) -> Source:
             raise InputError(f"{val_tar} holds {name}, for which {DEVKIT} has no class.")
         wnid = wnid_of[truth[int(match[1]) - 1]]
         files["val"].append(ImageFile(str(val_tar), name, label[wnid], offset, size))
+    files["val"].sort(key=lambda file: (file.label, file.name))  # as class folders would give them
     if len(files["val"]) != len(truth):
         raise InputError(f"{val_tar} holds {len(files['val'])} images, {DEVKIT} has the classes of {len(truth)}.")
     names = class_names(wnids, words)

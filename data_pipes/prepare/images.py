@@ -60,8 +60,8 @@ class ImageMaker:
 
     With `size` (height, width) images are brought to it: `fit` squash resizes both ways (the aspect ratio is lost, as
     in the paper), crop resizes until the image covers the size and cuts off what is over on both sides alike. They
-    are stored as JPEG of `quality` without chroma subsampling, or, if that is 100, as PNG without any loss. Without `size`, PNG, JPEG and WebP files
-    keep their own bytes.
+    are stored as JPEG of `quality` without chroma subsampling, or, if that is 100, as PNG without any loss. Without
+    `size`, PNG, JPEG and WebP files keep their own bytes.
     """
 
     channels: int
@@ -99,7 +99,7 @@ def decode(data: bytes, channels: int, where: str) -> tuple[UInt8[Tensor, "C h w
                 opened.getexif()
             except Exception:  # PIL's parser raises many kinds
                 opened.info.pop("exif", None)
-                opened._exif = None  # type: ignore[attr-defined] # half-read
+                opened._exif = None  # half-read
             return image_to_tensor(opened, channels, where), opened.format or ""
 
 

@@ -90,10 +90,12 @@ def load(request: Request) -> Source:
     """
     request.only("modelnet40", "seed")
     if request.src is None:
-        raise InputError(f"modelnet40 is not downloaded; get ModelNet40.zip and give it or its folder as --src: {LAYOUT}.")
-    found = [(match["label"], match["split"].lower(), path, name) for path, name in _meshes(request.src)
-             if (match := _NAME.fullmatch(name)) and not Path(name).name.startswith(".")
-             and "__MACOSX" not in name]  # fmt: skip
+        raise InputError(f"modelnet40 is not downloaded; get ModelNet40.zip and give it as --src. Taken is {LAYOUT}.")
+    found = [
+        (match["label"], match["split"].lower(), path, name)
+        for path, name in _meshes(request.src)
+        if (match := _NAME.fullmatch(name)) and not name.startswith("__MACOSX") and "/." not in name
+    ]
     classes = tuple(sorted({label for label, *_ in found}))
     splits: dict[str, Part] = {}
     make = SurfaceMaker(SURFACE_POINTS, request.seed)
@@ -104,8 +106,10 @@ def load(request: Request) -> Source:
         ]
         empty = set(range(len(classes))) - {file.label for file in files}
         if empty or not files:
-            what = f"no {split} mesh of {', '.join(classes[label] for label in sorted(empty))}" if files else f"no {split} meshes"
-            raise InputError(f"{request.src} (--src) holds {what}; expected is {LAYOUT}.")
+            some = ", ".join(classes[label] for label in sorted(empty)[:5])
+            raise InputError(
+                f"{request.src} (--src) holds no {split} meshes{some and f' of {some}'}; expected is {LAYOUT}."
+            )
         splits[split] = Part(stored_order(files, split), make)
     facts = SignalFacts(kind="points", channels=1, height=None, width=None, classes=classes)
     content = checksum((split, file.name, file.label) for split, part in splits.items() for file in part.items)
