@@ -1,4 +1,4 @@
-"""Preparing is taken up again after kill -9, Ctrl-C, bad input and a full disk: to the same bytes, nothing done twice."""
+"""Preparing is taken up again after kill -9, Ctrl-C, bad input, a full disk: the same bytes, nothing done twice."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_two_at_once_are_refused(src: Path, tmp_path: Path, monkeypatch: pytest.
     def second_comes(self: object, sample: object) -> object:
         if not tried:
             tried.append(1)
-            with pytest.raises(InputError, match="Another process is writing to .*partial; wait for it"):
+            with pytest.raises(InputError, match=r"Another process is writing to .*partial; wait for it"):
                 prepare(src, out)
         return original(self, sample)
 

@@ -142,8 +142,6 @@ def from_arrays(
     request: Request,
 ) -> Source:
     """A source of images that are in memory, stored as PNG; `request` may resize them and split `val` off `train`."""
-    if request.channels is not None or request.test_fraction is not None:
-        raise InputError("--channels and --test-fraction are for `folder` only.")
     request.only(name, "size", "val_fraction", "seed")
     places = {split: [(split, index) for index in range(len(label))] for split, label in labels.items()}
     if request.val_fraction is not None:
