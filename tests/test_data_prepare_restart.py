@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_interrupted_by_ctrl_c(
     ]
     assert not any("Traceback" in line for line in lines)
     prepare(src, out)
-    assert capsys.readouterr().out.startswith(f"{kept} shards are finished already; going on after them.")
+    assert re.match(r"train: \d+ samples are finished already; going on after them\.\n", capsys.readouterr().out)
     assert content(out) == whole
 
 
@@ -177,14 +178,21 @@ def prepare(src: Path, out: Path, *options: str) -> None:
     main(["folder", "--src", str(src), "--out", str(out), *OPTIONS, "--workers", "0", *options])
 
 
-def test_full_disk(src: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    src: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         stop_after(patch, 20, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(
-            InputError, match=r"The disk of .*out is full; 2 finished shards were kept in .*make room and"
+            InputError, match=r"^The disk of .*out is full; 2 finished shards were kept in .*make room and"
         ):
             prepare(src, out)
+    assert capsys.readouterr().err == "", "one sentence is enough"
     assert sorted(path.name for path in partial_folder(out).iterdir()) == ["data", "lock", "progress.json"]
     prepare(src, out)
     assert content(out) == whole
@@ -196,7 +204,7 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
         stop_after(patch, 20, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             prepare(src, out)
-    begun = content(partial_folder(out) / "data")
+    before = content(partial_folder(out) / "data")
     for options, named in ((("--size", "47"), r"facts, size"), (("--fit", "crop"), "fit"), (("--seed", "1"), "seed")):
         with pytest.raises(
             InputError, match=rf"was begun with other arguments or files \({named}\)\. Give those again"
@@ -209,7 +217,7 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
             prepare(src, out)
     finally:
         extra.unlink()
-    assert content(partial_folder(out) / "data") == begun, "a refusal changes nothing"
+    assert content(partial_folder(out) / "data") == before, "a refusal changes nothing"
     (partial_folder(out) / "data" / "train-000001.tar").write_bytes(b"")
     with pytest.raises(
         InputError, match=r"train-000001\.tar is not as it was finished; remove .*partial to begin anew"
@@ -237,7 +245,9 @@ def test_two_at_once_are_refused(src: Path, tmp_path: Path, monkeypatch: pytest.
     assert out.is_dir()
 
 
-def test_a_corrupted_image_is_named_and_mended(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_corrupted_image_is_named_and_mended(
+    src: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     bad = src / "train" / "b" / "030.png"
     data = bad.read_bytes()
@@ -249,6 +259,8 @@ def test_a_corrupted_image_is_named_and_mended(src: Path, whole: dict[str, bytes
             prepare(src, out, "--workers", "2")
     finally:
         bad.write_bytes(data)
-    assert len(shard_states(out)) >= 5
+    kept = len(shard_states(out))
+    assert kept >= 5
+    assert f"{kept} finished shards are kept in {partial_folder(out)}" in capsys.readouterr().err
     prepare(src, out)
     assert content(out) == whole

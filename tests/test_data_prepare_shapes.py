@@ -177,7 +177,8 @@ def test_modelnet40(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     prepare("--src", archive, "--out", tmp_path / "zipped", "--workers", 1)
     assert [part.count for part in read_info(tmp_path / "zipped").splits.values()] == [6, 4]
     assert read_info(tmp_path / "zipped").splits == info.splits
-    assert "These are 2 classes, not the 40 of ModelNet40." in capsys.readouterr().out
+    note = "Note: these are 6 train and 4 test samples; ModelNet40 has 9,843 train and 2,468 test."
+    assert note in capsys.readouterr().out
 
 
 def test_distances_are_those_of_the_shapes(folder: Path) -> None:
@@ -197,8 +198,10 @@ def test_distances_are_those_of_the_shapes(folder: Path) -> None:
             middle = (surface.amax(0) + surface.amin(0)) / 2  # the mean of the points is not quite the centre
             half = (surface.amax(0) - surface.amin(0)) / 2
             outside = (query - middle).abs() - half
-            expected, slack = (outside.clamp(min=0).norm(dim=-1) + outside.amax(-1).clamp(max=0)).abs(), 0.02
+            expected, slack = (outside.clamp(min=0).norm(dim=-1) + outside.amax(-1).clamp(max=0)).abs(), 0.07
             assert (distance > expected - 1e-3).all()
+            # the points' spacing is sqrt(24 / 32768) = 0.03; farther away it matters in second order only
+            assert (distance - expected)[expected > 0.3].max() < 0.01
         assert (distance - expected).abs().max() < slack
 
 

@@ -119,17 +119,15 @@ def _workers(name: str, source: Source, wanted: int | None) -> int:
 def _write(out: Path, source: Source, request: Request, workers: int, shard_bytes: int) -> DatasetInfo:
     partial_out = partial_folder(out)
     before = sum(map(len, finished_shards(partial_out).values()))
-    if before:
-        print(f"{before} shards are finished already; going on after them.")
     try:
         return write_dataset(
             out, name=source.name, facts=source.facts, licence=source.licence,
             splits={split: partial(_samples, split, part, workers) for split, part in source.splits.items()},
             shard_bytes=shard_bytes, arguments=_arguments(source, request),
         )  # fmt: skip
-    except BaseException:
+    except BaseException as error:
         kept = sum(map(len, finished_shards(partial_out).values()))
-        if kept:
+        if kept > before and not isinstance(error.__cause__, OSError):  # what is said of a full disk says it already
             sys.stderr.write(
                 f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n"
             )
@@ -144,6 +142,8 @@ def _arguments(source: Source, request: Request) -> dict[str, Any]:
 
 def _samples(split: str, part: Part, workers: int, start: int) -> Iterator[Sample]:
     # a generator, so that a bar appears when its split's turn comes
+    if 0 < start < len(part):
+        print(f"{split}: {start} samples are finished already; going on after them.")
     samples = part.samples(start, workers)
     yield from tqdm(samples, initial=start, total=len(part), desc=split, unit="sample", disable=None)
 

@@ -19,6 +19,7 @@ from mwt.errors import InputError
 LICENCE = "ImageNet terms of access: non-commercial research and education (Russakovsky et al. 2015)"
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
+COUNTS = {"train": 1_281_167, "val": 50_000}
 _WNID = re.compile(r"n\d{8}")
 _VAL_NAME = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG")
 _TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
@@ -43,7 +44,7 @@ def load(request: Request) -> Source:
         wnids = sorted(path.name for path in (src / "train").iterdir() if path.is_dir())
         if not wnids or not all(_WNID.fullmatch(wnid) for wnid in wnids):
             raise InputError(f"{src / 'train'} must hold class folders named by WordNet numbers (n01440764), only.")
-        return trees_source("imagenet1k", src, class_names(wnids, {}), licence=LICENCE, request=request)
+        return trees_source("imagenet1k", src, class_names(wnids, {}), COUNTS, licence=LICENCE, request=request)
     missing = [name for name in (TRAIN_TAR, VAL_TAR) if not (src / name).is_file()]
     if missing:
         raise InputError(f"{src} (--src) lacks {' and '.join(missing)}; expected is {LAYOUT}.")
@@ -95,7 +96,7 @@ def _from_tars(src: Path, request: Request) -> Source:
     if len(files["val"]) != len(truth):
         raise InputError(f"{val_tar} holds {len(files['val'])} images, {DEVKIT} has the classes of {len(truth)}.")
     names = class_names(wnids, words)
-    return images_source("imagenet1k", files, tuple(names.values()), licence=LICENCE, request=request)
+    return images_source("imagenet1k", files, tuple(names.values()), COUNTS, licence=LICENCE, request=request)
 
 
 def _read_devkit(src: Path) -> tuple[list[int], dict[int, str], dict[str, str]]:

@@ -11,7 +11,7 @@ from torchvision.datasets.utils import check_integrity
 
 from data_pipes.prepare.download import cache_folder, download_failed
 from data_pipes.prepare.images import ImageFile, ImageMaker
-from data_pipes.prepare.source import Part, Request, Source, checksum, stored_order
+from data_pipes.prepare.source import Part, Request, Source, checksum, other_counts, stored_order
 from data_pipes.schema import IMAGE_SUFFIXES
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
@@ -23,7 +23,8 @@ CLASSES = {
     "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
     "n03445777": "golf ball", "n03888257": "parachute",
 }  # fmt: skip
-SPLITS = ("train", "val")
+COUNTS = {"train": 9469, "val": 3925}
+SPLITS = tuple(COUNTS)
 SIZE = (320, 320)
 QUALITY = 95
 _ARCHIVE = "imagenette2.tgz"
@@ -46,7 +47,7 @@ def load(request: Request) -> Source:
         folder = cache / "imagenette2"
     else:
         folder = _folder(request.src)
-    return trees_source("imagenette", folder, CLASSES, licence=LICENCE, request=request)
+    return trees_source("imagenette", folder, CLASSES, COUNTS, licence=LICENCE, request=request)
 
 
 def _folder(src: Path) -> Path:
@@ -82,8 +83,12 @@ def _unpack(archive: Path, target: Path) -> Path:
     return folder
 
 
-def trees_source(name: str, folder: Path, names: dict[str, str], *, licence: str, request: Request) -> Source:
+def trees_source(
+    name: str, folder: Path, names: dict[str, str], counts: dict[str, int], *, licence: str, request: Request
+) -> Source:
     """A source of the trees `folder`/{train,val}/WNID/*.JPEG; `names` gives the class of each WNID, in order.
+
+    `counts` are those of the published data set; others are noted.
 
     Raises:
         InputError: class folders that `names` does not have, or the other way round, or empty ones.
@@ -102,11 +107,17 @@ def trees_source(name: str, folder: Path, names: dict[str, str], *, licence: str
                 raise InputError(f"Class folder {found[wnid]} holds no image.")
             files += [ImageFile(str(path), f"{split}/{wnid}/{path.name}", label) for path in paths]
         splits[split] = files
-    return images_source(name, splits, tuple(names.values()), licence=licence, request=request)
+    return images_source(name, splits, tuple(names.values()), counts, licence=licence, request=request)
 
 
 def images_source(
-    name: str, splits: dict[str, list[ImageFile]], classes: tuple[str, ...], *, licence: str, request: Request
+    name: str,
+    splits: dict[str, list[ImageFile]],
+    classes: tuple[str, ...],
+    counts: dict[str, int],
+    *,
+    licence: str,
+    request: Request,
 ) -> Source:
     """A source of RGB images of one size, in a fixed random order, JPEG of quality 95 unless asked for otherwise."""
     height, width = request.size or SIZE
@@ -114,4 +125,5 @@ def images_source(
     parts = {split: Part(stored_order(files, split), make) for split, files in splits.items()}
     facts = SignalFacts(kind="image", channels=3, height=height, width=width, classes=classes)
     content = checksum((split, file.name, file.label) for split, files in splits.items() for file in files)
-    return Source(name=name, facts=facts, licence=licence, splits=parts, content=content)
+    notes = other_counts(name, parts, counts)
+    return Source(name=name, facts=facts, licence=licence, splits=parts, content=content, notes=notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,15 @@ def checksum(entries: Iterable[Any]) -> str:
         digest.update(entry if isinstance(entry, bytes) else repr(entry).encode())
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def other_counts(name: str, splits: Mapping[str, Sized], official: Mapping[str, int]) -> list[str]:
+    """A note if splits are not as large as those of the published data set: files are missing, or there are more."""
+    found = {split: len(part) for split, part in splits.items()}
+    if found == official:
+        return []
+    lists = [" and ".join(f"{count:,} {split}" for split, count in part.items()) for part in (found, official)]
+    return [f"Note: these are {lists[0]} samples; {name} has {lists[1]}."]
 
 
 def stored_order(items: Sequence[Any], split: str) -> list[Any]:
