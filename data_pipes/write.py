@@ -147,7 +147,7 @@ class _Work:
 
     def _take_up(self) -> None:
         before, shards = _read_journal(self.folder)
-        if before is not None and before != self._begun_with:
+        if any(shards.values()) and before != self._begun_with:
             names = sorted(key for key in {*before, *self._begun_with} if before.get(key) != self._begun_with.get(key))
             raise InputError(
                 f"{self.folder} holds an unfinished preparation that was begun with other arguments or files "

@@ -228,6 +228,16 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
         prepare(src, out)
 
 
+def test_killed_before_anything_was_finished(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """There is nothing to go on with, so the arguments are free."""
+    out = tmp_path / "out"
+    (partial_folder(out) / "data").mkdir(parents=True)
+    (partial_folder(out) / "progress.json").write_text('{"begun_with": {"size": [1, 1]}, "shards": {"train": []}}')
+    (partial_folder(out) / "unfinished.tar").write_bytes(b"half of it")
+    prepare(src, out)
+    assert content(out) == whole
+
+
 def test_two_at_once_are_refused(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     original, tried = write.TarWriter.write, []
