@@ -20,7 +20,7 @@ AFFINE_PADDING = 40
 MAX_DEGREES = 30.0
 CROP_AREA = (0.8, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
-POINT_SCALE = (0.9, 1.1)
+POINT_SCALE, POINT_JITTER = (0.9, 1.1), 0.01
 WARP_DEGREES, WARP_SCALE, WARP_SHIFT = 15.0, 0.1, 0.1
 _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 
@@ -37,9 +37,10 @@ def augment(batch: Batch, kind: str, *, seed: int, epoch: int, padding: int = 4)
     * ``coords``: the pixels of an image are placed elsewhere: their coordinates are rotated by up to ±15°, scaled per
       axis by 0.9 … 1.1 and shifted by up to ±0.1 (the image spans -1 … 1). A field is fitted to the moved image
       without any resampling. (Not in the paper.)
-    * ``points``: coordinates and values of a point set times one factor in 0.9 … 1.1. Scaling a shape scales its
-      distances alike, so the distance field stays exact. The released code also jitters the *surface* by 0.01 before
-      it asks for distances; that cannot be redone with stored queries, so it is not done here.
+    * ``points``: of surfaces, the points times one factor in 0.9 … 1.1, and each moved by normal noise of 0.01, before
+      distances to them are asked for (released code of MWT; a part of a shape may so leave the cube of the queries,
+      their distances stay exact). Of point sets with stored values, coordinates and values times such a factor:
+      scaling a shape scales its distances alike. Their surface, which noise would have to move, is not known.
 
     Raises:
         InputError: an unknown kind, one that does not fit the signals, or images too small for the padding.
@@ -203,8 +204,13 @@ def warp_coords(
 
 def _points(batch: Batch, seed: int, epoch: int, padding: int) -> Batch:
     assert batch.coords is not None
-    assert batch.values is not None
     low, high = POINT_SCALE
+    if batch.values is None:
+        numbers = uniform(batch.positions, 1 + batch.coords[0].numel(), seed=seed, purpose="augment", epoch=epoch)
+        factor = (low + (high - low) * numbers[:, :1])[:, :, None]
+        # normal numbers from the middles of the 2^24 steps of uniform ones: 0 and 1 would give infinities
+        noise = torch.special.ndtri(numbers[:, 1:].double() + 2.0**-25).float().view_as(batch.coords)
+        return replace(batch, coords=batch.coords * factor + POINT_JITTER * noise)
     number = uniform(batch.positions, 1, seed=seed, purpose="augment", epoch=epoch)
     factor = (low + (high - low) * number)[:, :, None]
     return replace(batch, coords=batch.coords * factor, values=batch.values * factor)

@@ -123,6 +123,8 @@ def decode_image(data: bytes, extension: str, channels: int, where: str) -> UInt
 def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_plus_C"]:
     """The points of one stored point set: coordinates (D = 3) and then `channels` values per point, float32.
 
+    Coordinates alone are points on a surface, whose one channel is the distance to them.
+
     Raises:
         InputError: names `where`.
     """
@@ -132,7 +134,8 @@ def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # ValueError, EOFError, MemoryError of an invented shape, SyntaxError of the header
         raise InputError(f"{where} cannot be read as npy: {_reason(error)}.") from error
-    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] != columns:
+    allowed = (columns, POINT_DIMS) if channels == 1 else (columns,)
+    if array.dtype.kind != "f" or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] not in allowed:
         raise InputError(
             f"{where} holds {array.dtype} values of shape {list(array.shape)}; "
             f"points need float32 of shape [N, {columns}] ({POINT_DIMS} coordinates, {channels} values)."

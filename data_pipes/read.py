@@ -137,7 +137,8 @@ def _one_size(first: Tensor, signal: Tensor, where: str) -> None:
 def _batch(signals: Tensor, labels: Tensor, positions: Tensor) -> Batch:
     if signals.dtype == torch.uint8:
         return Batch(labels=labels, positions=positions, images=signals)
-    return Batch(labels=labels, positions=positions, coords=signals[..., :POINT_DIMS], values=signals[..., POINT_DIMS:])
+    values = signals[..., POINT_DIMS:] if signals.shape[-1] > POINT_DIMS else None  # None: points on a surface
+    return Batch(labels=labels, positions=positions, coords=signals[..., :POINT_DIMS], values=values)
 
 
 class ResidentSplit(Split):

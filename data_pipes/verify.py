@@ -1,63 +1,122 @@
-"""Check a folder of shards: counts, sizes, checksums, and whether every sample decodes and has a label in range."""
+"""Check a folder of shards: counts, sizes, checksums, whether every sample decodes and has a label in range, and
+whether a signal lies in two splits."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data_pipes.decode import decode_sample
+from data_pipes.processes import available_cores, ordered_processes
 from data_pipes.schema import DatasetInfo, ShardInfo, read_info
 from data_pipes.shards import iterate_shard
 from mwt.errors import InputError
 from mwt.runtime import run_program
 
 _FAULTS_SHOWN = 10
+_MIN_BYTES = 64 * 2**20
+"""Below this size other processes take longer to start than they save."""
+_DIGEST_BYTES = 16
 
 
-def shard_faults(info: DatasetInfo, shard: ShardInfo) -> list[str]:
-    """What is wrong with one shard, one sentence each; empty if nothing is."""
+@dataclass
+class ShardReport:
+    """What is wrong with one shard, one sentence each, and (key, digest of the decoded signal) of every sample."""
+
+    faults: list[str] = field(default_factory=list)
+    digests: list[tuple[str, bytes]] = field(default_factory=list)
+
+
+def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
+    """Reads one shard from beginning to end."""
     path = info.folder / shard.file
+    report = ShardReport()
     if not path.is_file():
-        return [f"Shard {path} is missing."]
-    faults = []
+        return ShardReport([f"Shard {path} is missing."])
     if path.stat().st_size != shard.bytes:
-        faults.append(f"Shard {path} has {path.stat().st_size} bytes, not the {shard.bytes} recorded.")
+        report.faults.append(f"Shard {path} has {path.stat().st_size} bytes, not the {shard.bytes} recorded.")
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-            faults.append(f"Shard {path} has another sha256 than recorded.")
+            report.faults.append(f"Shard {path} has another sha256 than recorded.")
     found = 0
     try:
         for sample in iterate_shard(path, None):
             found += 1
+            key = sample["__key__"]
             try:
-                decode_sample(sample, info.facts, f"Sample {sample['__key__']} of shard {path}")
+                signal, _ = decode_sample(sample, info.facts, f"Sample {key} of shard {path}")
+                report.digests.append((key, digest(signal)))
             except InputError as error:
-                faults.append(str(error))
+                report.faults.append(str(error))
     except InputError as error:
-        faults.append(str(error))
+        report.faults.append(str(error))
     if found != shard.count:
-        faults.append(f"Shard {path} holds {found} samples, not the {shard.count} recorded.")
-    return faults
+        report.faults.append(f"Shard {path} holds {found} samples, not the {shard.count} recorded.")
+    return report
+
+
+def digest(signal: Tensor) -> bytes:
+    """A hash of a signal's shape and numbers: the same pixels are the same signal, whatever their encoding."""
+    hashed = hashlib.blake2b(str((tuple(signal.shape), signal.dtype)).encode(), digest_size=_DIGEST_BYTES)
+    hashed.update(signal.contiguous().view(torch.uint8).numpy().data)
+    return hashed.digest()
+
+
+class _Seen:
+    """Which signals each split holds, to find those that lie in two."""
+
+    def __init__(self) -> None:
+        self._where: dict[bytes, tuple[str, str]] = {}
+
+    def add(self, split: str, shard: ShardInfo, report: ShardReport) -> list[str]:
+        """One sentence for each signal that an earlier split holds too."""
+        faults = []
+        for key, hashed in report.digests:
+            first_split, first = self._where.setdefault(hashed, (split, f"{key} of {shard.file}"))
+            if first_split != split:
+                faults.append(f"Sample {key} of {shard.file} ({split}) is the same signal as {first} ({first_split}).")
+        return faults
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table; raises InputError with the first faults if there are any."""
     parser = argparse.ArgumentParser(prog="python -m data_pipes.verify", description=__doc__)
     parser.add_argument("path", metavar="DIR", help="folder made by data_pipes.prepare, or builtin:NAME")
-    info = read_info(parser.parse_args(argv).path)
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores, for large data sets)")
+    parser.add_argument(
+        "--allow-duplicates", action="store_true",
+        help="only count signals that lie in two splits; some published data sets have them",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    info = read_info(options.path)
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers is {options.workers}; it cannot be negative.")
+    workers = options.workers
+    if workers is None:
+        size = sum(shard.bytes for split in info.splits.values() for shard in split.shards)
+        workers = available_cores() if size >= _MIN_BYTES else 0
     faults: list[str] = []
-    rows = []
-    for name, split in info.splits.items():
-        before = len(faults)
-        for shard in tqdm(split.shards, desc=name, unit="shard", disable=None):
-            faults += shard_faults(info, shard)
-        rows.append((name, split.count, len(split.shards), len(faults) - before))
-    print(f"{'split':<8}{'samples':>10}{'shards':>8}{'faults':>8}")
-    for name, count, shards, wrong in rows:
-        print(f"{name:<8}{count:>10}{shards:>8}{wrong:>8}")
+    seen = _Seen()
+    shards = [(split, shard) for split, part in info.splits.items() for shard in part.shards]
+    reports = ordered_processes(partial(check_shard, info=info), [s for _, s in shards], workers=workers, piece=1)
+    counts = {split: [0, 0] for split in info.splits}  # faults, signals of an earlier split
+    bar = tqdm(zip(shards, reports, strict=True), total=len(shards), desc="verify", unit="shard", disable=None)
+    for (split, shard), report in bar:
+        duplicates = seen.add(split, shard, report)
+        counts[split][0] += len(report.faults)
+        counts[split][1] += len(duplicates)
+        faults += report.faults + ([] if options.allow_duplicates else duplicates)
+    rows = [(name, split.count, len(split.shards), *counts[name]) for name, split in info.splits.items()]
+    print(f"{'split':<8}{'samples':>10}{'shards':>8}{'faults':>8}{'duplicates':>12}")
+    for name, count, shard_count, wrong, twice in rows:
+        print(f"{name:<8}{count:>10}{shard_count:>8}{wrong:>8}{twice:>12}")
     if faults:
         more = f"\n… and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
         raise InputError(f"{len(faults)} faults in {info.folder}:\n" + "\n".join(faults[:_FAULTS_SHOWN]) + more)

@@ -10,6 +10,7 @@ from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
 from mwt.rng import uniform
 from mwt.structs import Batch, Observations
+from mwt.surface import ask
 
 
 def grid(
@@ -61,7 +62,8 @@ def observe(
 ) -> Observations:
     """Observations of a batch: all points for every step if s = 1, else fresh subsets for each of the S + 1 steps.
 
-    The subsets depend on (seed, purpose, epoch, position of the sample) alone.
+    Of surfaces (`coords` without `values`) every step sees s * N fresh queries anywhere in the cube [-1, 1]^3.
+    The subsets and the queries depend on (seed, purpose, epoch, position of the sample) alone.
 
     Args:
         steps: S, if other than the configured number of inner steps.
@@ -71,9 +73,15 @@ def observe(
         coords: Tensor
         coords = grid(*batch.images.shape[-2:], device=batch.images.device) if batch.coords is None else batch.coords
         values = pixels(batch.images)
+    elif batch.values is None:
+        assert batch.coords is not None, "a batch has images, or coords and values, or the coords of surfaces"
+        points = points_per_step(config, batch.coords.shape[1])
+        coords, values = ask(
+            batch.coords, batch.positions, draws=steps + 1, points=points, seed=seed, purpose=purpose, epoch=epoch
+        )
+        return Observations(coords=coords, values=values)
     else:
         assert batch.coords is not None, "a batch has images, or coords and values"
-        assert batch.values is not None, "a batch has images, or coords and values"
         coords, values = batch.coords, batch.values
     count = values.shape[1]
     points = points_per_step(config, count)

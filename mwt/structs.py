@@ -37,6 +37,8 @@ class SignalFacts:
 class Batch:
     """Signals with labels, on the device. Made by `data_pipes`; either `images` or `coords` and `values` are set.
 
+    `coords` alone are points on surfaces: the signals are the distances to them, asked for anew in every step.
+
     Beside images, `coords` [B, h * w, 2] places their pixels elsewhere than on the regular grid (an augmentation).
 
     `positions` are the samples' places in their split: the key of all randomness that concerns a sample.

@@ -131,7 +131,7 @@ def test_points() -> None:
         (b"", "x cannot be read as npy"),
         (b"PK\x03\x04", "x cannot be read as npy"),
         (npy(np.array([{}]), allow_pickle=True), "x cannot be read as npy: Object arrays cannot be loaded"),
-        (npy(np.zeros((5, 3))), r"x holds float64 values of shape \[5, 3\]; points need float32 of shape \[N, 4\]"),
+        (npy(np.zeros((5, 2))), r"x holds float64 values of shape \[5, 2\]; points need float32 of shape \[N, 4\]"),
         (npy(np.zeros((0, 4))), r"x holds float64 values of shape \[0, 4\]"),
         (npy(np.zeros((5, 4), int)), "x holds int64 values"),
         (npy(np.full((5, 4), np.nan)), "x holds values that are not finite"),

@@ -139,6 +139,9 @@ def test_folders_that_are_not_right(tmp_path: Path) -> None:
     tree(src, ("train", "val"))
     refused(r"already; leave --val-fraction out", "--val-fraction", 0.5)
     refused(r"--val-fraction is 1\.5; it must lie between 0 and 1", "--val-fraction", 1.5)
+    refused(r"--fit and --quality are for images that are resized; give --size too", "--fit", "crop")
+    refused(r"--workers is -1; it cannot be negative", "--workers", -1)
+    refused(r"--shard-mib is 0\.0; it must be positive", "--shard-mib", 0)
     refused(r"--size is '0'; give a number of pixels", "--size", 0)
     (src / "train" / "empty").mkdir()
     refused(r"Class folders of .*val differ from those of train: it lacks empty\.")
@@ -191,7 +194,7 @@ def test_digits(tmp_path: Path) -> None:
     assert (info.height, info.width) == (16, 16)
     with pytest.raises(InputError, match="digits come with the package; leave --src out"):
         run("digits", "--out", tmp_path / "x", "--src", tmp_path)
-    with pytest.raises(InputError, match="--channels and --test-fraction are for `folder` only"):
+    with pytest.raises(InputError, match="--channels has no meaning for digits"):
         run("digits", "--out", tmp_path / "x", "--channels", 1)
 
 
@@ -292,13 +295,13 @@ def test_downloads_go_through_torchvision(tmp_path: Path, monkeypatch: pytest.Mo
     assert read_info(tmp_path / "out").splits["train"].count == 12
 
 
-def fake_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """Files in CIFAR-10's format with a few images, and torchvision's reader with their md5 sums."""
+def fake_cifar(folder: Path, monkeypatch: pytest.MonkeyPatch, train: int = 3) -> np.ndarray:
+    """Files in CIFAR-10's format with `train` images and one, and torchvision's reader with their md5 sums."""
     base = folder / "cifar-10-batches-py"
     base.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
-    for name, part in (("data_batch_1", pixels[:3]), ("test_batch", pixels[3:])):
-        entry = {"data": part.reshape(-1, 3072), "labels": list(range(len(part)))}
+    pixels = np.random.default_rng(0).integers(0, 256, (train + 1, 3, 32, 32), dtype=np.uint8)
+    for name, part in (("data_batch_1", pixels[:train]), ("test_batch", pixels[train:])):
+        entry = {"data": part.reshape(-1, 3072), "labels": [index % 10 for index in range(len(part))]}
         (base / name).write_bytes(pickle.dumps(entry))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
 
@@ -333,11 +336,40 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive.write_bytes(b"x")
     with pytest.raises(InputError, match=r"cifar-10-python\.tar\.gz is damaged \(its md5 sum"):
         run("cifar10", "--src", archive.parent, "--out", tmp_path / "x")
+    with pytest.raises(InputError, match=r"--quality has no meaning for cifar10; leave it out"):
+        run("cifar10", "--src", base, "--out", tmp_path / "x", "--quality", 90)
     (base / "test_batch").write_bytes(b"x")
     with pytest.raises(InputError, match=r"The files in .*cifar-10-batches-py are damaged or not all there"):
         run("cifar10", "--src", base, "--out", tmp_path / "x")
     with pytest.raises(InputError, match=r"does not hold cifar-10-python\.tar\.gz \(or the folder cifar-10-batches-py"):
         run("cifar10", "--src", tmp_path, "--out", tmp_path / "x")
+
+
+def test_cifar10_trainval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The split of the released code: the same images in the same order."""
+    pixels = fake_cifar(tmp_path / "src", monkeypatch, train=57)
+    run("cifar10_trainval", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    info = read_info(tmp_path / "out")
+    assert info.name == "cifar10_trainval"
+    assert {name: split.count for name, split in info.splits.items()} == {"train": 45, "val": 12, "test": 1}
+    torch.manual_seed(8)
+    order = torch.randperm(57).numpy()
+    for split, indices in (("train", order[:45]), ("val", order[45:])):
+        batch = everything(tmp_path / "out", split)
+        assert batch.images is not None
+        assert np.array_equal(batch.images, pixels[indices])
+        assert np.array_equal(batch.labels, indices % 10)
+    assert np.array_equal(everything(tmp_path / "out", "test").images, pixels[57:])
+    for option in (("--val-fraction", 0.2), ("--seed", 1)):
+        with pytest.raises(InputError, match=f"{option[0]} has no meaning for cifar10_trainval; leave it out"):
+            run("cifar10_trainval", "--src", tmp_path / "src", "--out", tmp_path / "x", *option)
+
+
+def test_the_papers_split_of_cifar10() -> None:
+    """The order that the released code draws does not change with the version of torch."""
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(8))
+    assert order[:5].tolist() == [723, 37103, 16883, 46836, 10797]
+    assert order[40_000:40_005].tolist() == [33317, 45860, 36072, 11508, 25872]
 
 
 def test_exit_status(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipes import verify, write
+from data_pipes import write
 from data_pipes.decode import encode_png
 from data_pipes.read import open_split
 from data_pipes.schema import DatasetInfo, list_builtin, read_info
@@ -79,7 +79,7 @@ def test_existing_output_is_refused(tmp_path: Path) -> None:
 def test_interrupted_writing_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def broken() -> Iterator[Sample]:
         yield from samples(3)
-        assert any(tmp_path.glob(".data.partial-*/train-000000.tar")), "nothing was being written"
+        assert any(tmp_path.glob(".data.partial-*/unfinished.tar")), "nothing was being written"
         raise error
 
     with pytest.raises(error):
@@ -208,27 +208,6 @@ def test_tar_files_of_others(tmp_path: Path, tar_format: int) -> None:
     found = list(iterate_shard(tmp_path / "x.tar", 4))
     assert [sample["__key__"] for sample in found] == keys
     assert [sample["png"] for sample in found] == [picture(index) for index in range(4)]
-
-
-def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make(tmp_path / "data", shard_bytes=2**20)
-    verify.main([str(tmp_path / "data")])
-    assert "in order" in capsys.readouterr().out
-    shard = tmp_path / "data" / "train-000000.tar"
-    data = bytearray(shard.read_bytes())
-    data[512] = ord("9")  # the first label
-    data[-1] = 1
-    shard.write_bytes(data + b"\0")
-    with pytest.raises(InputError) as raised:
-        verify.main([str(tmp_path / "data")])
-    message = str(raised.value)
-    assert message.startswith("3 faults in ")
-    assert "bytes, not the" in message
-    assert "another sha256" in message
-    assert f"Sample 00000000 of shard {shard}: label '9' is not a class number in 0 … 1." in message
-    shard.unlink()
-    with pytest.raises(InputError, match=r"1 faults in .*\nShard .* is missing"):
-        verify.main([str(tmp_path / "data")])
 
 
 def test_builtin_digits_are_those_of_sklearn(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         name=source.name,
         facts=source.facts,
         licence=source.licence,
-        splits={split: make() for split, (_, make) in source.splits.items()},
+        splits={split: part.samples for split, part in source.splits.items()},
     )
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from data_pipes.prepare import cifar10, digits, folder, mnist
-from data_pipes.prepare.source import Request, Source, check_fraction
+from data_pipes.prepare import cifar10, digits, folder, imagenet1k, imagenette, mnist, modelnet40
+from data_pipes.prepare.images import FITS
+from data_pipes.prepare.source import Part, Request, Source, check_fraction
+from data_pipes.processes import available_cores
 from data_pipes.schema import DatasetInfo
-from data_pipes.write import Sample, check_new, write_dataset
+from data_pipes.write import SHARD_BYTES, Sample, check_new, finished_shards, partial_folder, write_dataset
 from mwt.errors import InputError
 from mwt.runtime import run_program
 
@@ -22,8 +26,15 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
     "mnist": partial(mnist.load, "mnist"),
     "fashion_mnist": partial(mnist.load, "fashion_mnist"),
     "cifar10": cifar10.load,
+    "cifar10_trainval": cifar10.load_trainval,
+    "imagenette": imagenette.load,
+    "imagenet1k": imagenet1k.load,
+    "modelnet40": modelnet40.load,
     "folder": folder.load,
 }
+IN_MEMORY = {"digits", "mnist", "fashion_mnist", "cifar10", "cifar10_trainval"}
+"""Encoded faster than other processes start."""
+_MAX_WORKERS = 16
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,9 +43,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
     parser.add_argument(
         "--src", type=Path, metavar="DIR",
-        help=f"folder with the original files, instead of a download; for `folder`: the images, {folder.LAYOUT}",
+        help="folder (or archive) with the original files, instead of a download. "
+        f"imagenet1k: {imagenet1k.LAYOUT}. modelnet40: {modelnet40.LAYOUT}. folder: {folder.LAYOUT}",
     )  # fmt: skip
-    parser.add_argument("--size", metavar="N|HxW", help="resize to N x N, or H x W; the aspect ratio is not kept")
+    parser.add_argument("--size", metavar="N|HxW", help="resize to N x N, or H x W (imagenette, imagenet1k: 320)")
+    parser.add_argument(
+        "--fit", choices=FITS, default="squash",
+        help="how: squash does not keep the aspect ratio, as the paper; crop keeps it and cuts off what is over",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", type=int, metavar="Q",
+        help="resized images are stored as JPEG of this quality; 100: as PNG, without loss "
+        f"(imagenette, imagenet1k: {imagenette.QUALITY}; folder: 100)",
+    )  # fmt: skip
     parser.add_argument("--val-fraction", type=float, metavar="F", help="make a val split of this share of train")
     parser.add_argument(
         "--test-fraction", type=float, metavar="F",
@@ -43,7 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--channels", type=int, choices=(1, 3), help="`folder` only: grey or RGB (default: grey if every image is)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the splits made here (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of splits and surface points made here (default 0)")
+    parser.add_argument(
+        "--shard-mib", type=float, metavar="M", default=SHARD_BYTES / 2**20,
+        help="size at which a shard is closed, in MiB (default %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="processes that read and encode (default: the cores, for large data sets); the result is the same",
+    )  # fmt: skip
     return parser
 
 
@@ -62,22 +91,61 @@ def main(argv: list[str] | None = None) -> None:
     check_new(options.out.expanduser())  # before the work, not after
     check_fraction("val-fraction", options.val_fraction)
     check_fraction("test-fraction", options.test_fraction)
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers is {options.workers}; it cannot be negative.")
+    if not options.shard_mib > 0:
+        raise InputError(f"--shard-mib is {options.shard_mib}; it must be positive.")
+    if options.quality is not None and not 1 <= options.quality <= 100:
+        raise InputError(f"--quality is {options.quality}; it must lie between 1 and 100.")
     request = Request(
-        src=None if options.src is None else options.src.expanduser(), size=_size(options.size),
-        channels=options.channels, val_fraction=options.val_fraction, test_fraction=options.test_fraction,
-        seed=options.seed,
+        src=None if options.src is None else options.src.expanduser(), size=_size(options.size), fit=options.fit,
+        quality=options.quality, channels=options.channels, val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction, seed=options.seed,
     )  # fmt: skip
     source = SOURCES[options.name](request)
     for note in source.notes:
         print(note)
-    splits = {split: _with_progress(split, count, make) for split, (count, make) in source.splits.items()}
-    info = write_dataset(options.out, name=source.name, facts=source.facts, licence=source.licence, splits=splits)
-    _report(info)
+    workers = _workers(options.name, source, options.workers)
+    _report(_write(options.out.expanduser(), source, request, workers, round(options.shard_mib * 2**20)))
 
 
-def _with_progress(split: str, count: int, make: Callable[[], Iterator[Sample]]) -> Iterator[Sample]:
+def _workers(name: str, source: Source, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    enough = sum(map(len, source.splits.values())) // 500  # a process takes seconds to start
+    return 0 if name in IN_MEMORY else min(available_cores(), _MAX_WORKERS, enough)
+
+
+def _write(out: Path, source: Source, request: Request, workers: int, shard_bytes: int) -> DatasetInfo:
+    partial_out = partial_folder(out)
+    before = sum(map(len, finished_shards(partial_out).values()))
+    try:
+        return write_dataset(
+            out, name=source.name, facts=source.facts, licence=source.licence,
+            splits={split: partial(_samples, split, part, workers) for split, part in source.splits.items()},
+            shard_bytes=shard_bytes, arguments=_arguments(source, request),
+        )  # fmt: skip
+    except BaseException as error:
+        kept = sum(map(len, finished_shards(partial_out).values()))
+        if kept > before and not isinstance(error.__cause__, OSError):  # what is said of a full disk says it already
+            sys.stderr.write(
+                f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n"
+            )
+        raise
+
+
+def _arguments(source: Source, request: Request) -> dict[str, Any]:
+    """Whatever the samples depend on."""
+    names = ("size", "fit", "quality", "channels", "val_fraction", "test_fraction", "seed")
+    return {**{name: getattr(request, name) for name in names}, "list of files": source.content}
+
+
+def _samples(split: str, part: Part, workers: int, start: int) -> Iterator[Sample]:
     # a generator, so that a bar appears when its split's turn comes
-    yield from tqdm(make(), total=count, desc=split, unit="sample", disable=None)
+    if 0 < start < len(part):
+        print(f"{split}: {start} samples are finished already; going on after them.")
+    samples = part.samples(start, workers)
+    yield from tqdm(samples, initial=start, total=len(part), desc=split, unit="sample", disable=None)
 
 
 def _report(info: DatasetInfo) -> None:
@@ -85,8 +153,12 @@ def _report(info: DatasetInfo) -> None:
     for name, split in info.splits.items():
         mib = sum(shard.bytes for shard in split.shards) / 2**20
         print(f"{name:<8}{split.count:>10}{len(split.shards):>8}{mib:>10.1f}")
-    size = "differing sizes" if info.height is None else f"{info.height} x {info.width} pixels"
-    print(f"{len(info.classes)} classes, {'grey' if info.channels == 1 else 'RGB'}, {size}. Licence: {info.licence}.")
+    if info.signal == "points":
+        kind = "points on surfaces"
+    else:
+        size = "differing sizes" if info.height is None else f"{info.height} x {info.width} pixels"
+        kind = f"{'grey' if info.channels == 1 else 'RGB'}, {size}"
+    print(f"{len(info.classes)} classes, {kind}. Licence: {info.licence}.")
     print(f"Next: python -m train.classify data.path={info.folder}")
 
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data_pipes.decode import encode_png, image_to_tensor, open_image, resize, seen_size
+from data_pipes.decode import open_image, seen_size
 from data_pipes.parallel import ordered_map
-from data_pipes.prepare.source import DEFAULT_TEST_FRACTION, Request, Source, split_off
+from data_pipes.prepare.images import ImageFile, ImageMaker
+from data_pipes.prepare.source import DEFAULT_TEST_FRACTION, Part, Request, Source, checksum, split_off
 from data_pipes.schema import IMAGE_SUFFIXES
-from data_pipes.write import Sample
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 
 SPLITS = ("train", "val", "test")
 LAYOUT = "SRC/{train,val,test}/CLASS/IMAGE or SRC/CLASS/IMAGE"
-_KEPT = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg", "WEBP": "webp"}  # MPO: JPEG as telephones write it
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _WORKERS = 4
 
@@ -38,6 +34,8 @@ def load(request: Request) -> Source:
     """
     if request.src is None:
         raise InputError(f"folder needs --src SRC, the folder with the images ({LAYOUT}).")
+    if request.size is None and (request.quality is not None or request.fit != "squash"):
+        raise InputError("--fit and --quality are for images that are resized; give --size too.")
     classes, images, ignored = _read_tree(request.src)
     images = _make_splits(images, request)
     files = [path for part in images.values() for path, _ in part]
@@ -47,14 +45,17 @@ def load(request: Request) -> Source:
     sizes = {request.size} if request.size is not None else {size for _, size in looks}
     height, width = sizes.pop() if len(sizes) == 1 else (None, None)
     facts = SignalFacts(kind="image", channels=channels, height=height, width=width, classes=classes)
-    splits: dict[str, tuple[int, Callable[[], Iterator[Sample]]]] = {
-        split: (len(part), partial(_samples, part, channels, request.size)) for split, part in images.items()
+    make = ImageMaker(channels, request.size, request.fit, request.quality or 100)
+    splits = {
+        split: Part([ImageFile(str(path), str(path.relative_to(request.src)), label) for path, label in part], make)
+        for split, part in images.items()
     }
+    content = checksum((split, item.name, item.label) for split, part in splits.items() for item in part.items)
     notes = [f"{ignored} files that are no images were ignored."] if ignored else []
     if height is None:
         notes.append("The images differ in size. Training needs one size: prepare them with --size N (or HxW).")
     name = request.src.absolute().name or "folder"
-    return Source(name=name, facts=facts, licence="not stated", splits=splits, notes=notes)
+    return Source(name=name, facts=facts, licence="not stated", splits=splits, content=content, notes=notes)
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -120,23 +121,3 @@ def _look(path: Path) -> tuple[bool, tuple[int, int]]:
     with open_image(path, str(path)) as image:
         height, width = seen_size(image, str(path))
         return image.mode in _GREY_MODES or image.mode.startswith("I;16"), (height, width)
-
-
-def _samples(images: _Images, channels: int, size: tuple[int, int] | None) -> Iterator[Sample]:
-    return ordered_map(partial(_sample, channels=channels, size=size), images, workers=_WORKERS)
-
-
-def _sample(image: tuple[Path, int], channels: int, size: tuple[int, int] | None) -> Sample:
-    path, label = image
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    with open_image(io.BytesIO(data), str(path)) as opened:
-        kept = _KEPT.get(opened.format or "")
-        pixels = image_to_tensor(opened, channels, str(path))  # decoded even where its bytes are kept: is it whole?
-    if kept is not None and size is None:
-        return Sample(extension=kept, data=data, label=label)
-    if size is not None:
-        pixels = resize(pixels, *size)
-    return Sample(extension="png", data=encode_png(pixels), label=label)

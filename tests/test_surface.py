@@ -1,0 +1,102 @@
+"""mwt.surface: distances against SciPy, torch.cdist and closed forms; queries by (seed, purpose, epoch, position)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+from scipy.stats import kstest
+from torch import Tensor
+
+from data_pipes.augment import augment
+from mwt.config import InnerLoopConfig
+from mwt.observe import observe
+from mwt.structs import Batch
+from mwt.surface import by_differences, distances
+
+POINTS = 300
+
+
+def batch(*positions: int, points: int = POINTS) -> Batch:
+    """Surfaces that depend on their positions."""
+    surfaces = [torch.randn(points, 3, generator=torch.Generator().manual_seed(p)) / 3 for p in positions]
+    return Batch(labels=torch.zeros(len(positions), dtype=torch.int64), positions=torch.tensor(positions),
+                 coords=torch.stack(surfaces))  # fmt: skip
+
+
+def test_distances_are_those_of_scipy() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    surface = torch.randn(3, 500, 3, generator=numbers)
+    queries = torch.rand(3, 70, 3, generator=numbers) * 2 - 1
+    queries[0, :5] = surface[0, :5] + 1e-6
+    expected = np.stack([cdist(q.double(), s.double()).min(1) for q, s in zip(queries, surface, strict=True)])
+    torch.testing.assert_close(distances(queries, surface).double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+    for chunk in (1, 32, 1000):
+        found = by_differences(queries, surface, chunk=chunk)
+        torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_distances_on_a_gpu_are_those_on_the_cpu() -> None:
+    surface = torch.rand(2, 32768, 3)
+    queries = torch.rand(2, 3000, 3) * 2 - 1
+    torch.testing.assert_close(distances(queries.cuda(), surface.cuda()).cpu(), distances(queries, surface))
+
+
+def see(signals: Batch, fraction: float = 0.1, steps: int = 3, **address: int | str) -> tuple[Tensor, Tensor]:
+    config = InnerLoopConfig(steps=steps, fraction=fraction)
+    seen = observe(signals, config, **{"seed": 0, "epoch": 0, "purpose": "subset", **address})
+    assert seen.index is None
+    for step in range(steps + 1):
+        coords, values = seen.at(step)
+        torch.testing.assert_close(values[..., 0], distances(coords, signals.coords))
+    return seen.coords, seen.values
+
+
+def test_every_step_has_queries_of_its_own() -> None:
+    coords, values = see(batch(4, 9))
+    assert coords.shape == (2, 4, 30, 3)
+    assert values.shape == (2, 4, 30, 1)
+    assert len(coords.flatten(0, 2).unique(dim=0)) == 2 * 4 * 30
+    assert see(batch(4), fraction=1.0)[0].shape == (1, 4, POINTS, 3)
+    assert observe(batch(4), InnerLoopConfig(steps=1, points=7), seed=0).values.shape == (1, 2, 7, 1)
+
+
+def test_queries_are_uniform_in_the_cube() -> None:
+    coords = observe(batch(*range(8)), InnerLoopConfig(steps=3, fraction=1.0), seed=1).coords.reshape(-1, 3).numpy()
+    assert coords.min() >= -1
+    assert coords.max() < 1
+    for axis in range(3):
+        assert kstest(coords[:, axis], "uniform", args=(-1, 2)).pvalue > 0.01
+    assert np.abs(np.corrcoef(coords.T) - np.eye(3)).max() < 0.03
+
+
+def test_queries_depend_on_seed_purpose_epoch_and_position_alone() -> None:
+    coords, values = see(batch(4, 9, 2))
+    alone = see(batch(9))
+    assert torch.equal(alone[0][0], coords[1])
+    assert torch.equal(alone[1][0], values[1])
+    for address in ({"seed": 1}, {"epoch": 1}, {"purpose": "evaluate"}):
+        assert not (see(batch(9), **address)[0] == alone[0]).any()
+
+
+def test_augmentation_moves_the_surface_before_it_is_asked() -> None:
+    """One factor in 0.9 … 1.1 for a shape, normal noise of 0.01 for each coordinate of each point."""
+    signals = batch(*range(40), points=2000)
+    assert signals.coords is not None
+    moved = augment(signals, "points", seed=0, epoch=3).coords
+    assert moved is not None
+    factors, noise = [], []
+    for before, after in zip(signals.coords.double(), moved.double(), strict=True):
+        factor = (before * after).sum() / before.square().sum()
+        factors.append(float(factor))
+        noise.append((after - factor * before).flatten())
+    assert 0.899 < min(factors) < 0.91
+    assert 1.09 < max(factors) < 1.101
+    assert kstest(factors, "uniform", args=(0.9, 0.2)).pvalue > 0.01
+    assert kstest(torch.cat(noise).numpy(), "norm", args=(0, 0.01)).pvalue > 0.01
+    see(augment(signals, "points", seed=0, epoch=3))
+    again = augment(batch(7, points=2000), "points", seed=0, epoch=3).coords
+    assert torch.equal(again[0], moved[7])
+    assert not torch.equal(augment(batch(7, points=2000), "points", seed=0, epoch=4).coords, again)
