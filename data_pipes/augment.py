@@ -21,6 +21,7 @@ MAX_DEGREES = 30.0
 CROP_AREA = (0.8, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 POINT_SCALE = (0.9, 1.1)
+POINT_JITTER = 0.01
 WARP_DEGREES, WARP_SCALE, WARP_SHIFT = 15.0, 0.1, 0.1
 _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 
@@ -38,8 +39,10 @@ def augment(batch: Batch, kind: str, *, seed: int, epoch: int, padding: int = 4)
       axis by 0.9 … 1.1 and shifted by up to ±0.1 (the image spans -1 … 1). A field is fitted to the moved image
       without any resampling. (Not in the paper.)
     * ``points``: coordinates and values of a point set times one factor in 0.9 … 1.1. Scaling a shape scales its
-      distances alike, so the distance field stays exact. The released code also jitters the *surface* by 0.01 before
-      it asks for distances; that cannot be redone with stored queries, so it is not done here.
+      distances alike, so the distance field stays exact. The jitter of the released code moves the points of the
+      *surface*, by 0.01, before it asks for distances, so it belongs to where these are asked for: `surface_jitter`
+      of this kind goes to `Split.batches`, and from there to `data_pipes.signals`. Distances that are stored are
+      those of the surface as it is; nothing can be jittered there.
 
     Raises:
         InputError: an unknown kind, one that does not fit the signals, or images too small for the padding.
@@ -53,6 +56,21 @@ def augment(batch: Batch, kind: str, *, seed: int, epoch: int, padding: int = 4)
             f"data.augment={kind} is for {'point sets' if kind == 'points' else 'images'}, which these signals are not."
         )
     return _KINDS[kind](batch, seed, epoch, padding)
+
+
+def surface_jitter(kind: str) -> float:
+    """The standard deviation by which kind `kind` moves the points of a surface before distances to it are taken."""
+    return POINT_JITTER if kind == "points" else 0.0
+
+
+def scale_and_jitter(
+    points: Float[Tensor, "*B N 3"], factor: Float[Tensor, "*B"], noise: Float[Tensor, "*B N 3"], jitter: float
+) -> Float[Tensor, "*B N 3"]:
+    """Points of surfaces times a factor, and then each moved by `jitter` times standard normal `noise`.
+
+    As in the released code, what is moved may leave the cube [-1, 1]³ by as much; queries do not.
+    """
+    return points * factor[..., None, None] + jitter * noise
 
 
 def _check_size(images: Tensor, padding: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as v2
 
 from mwt.errors import InputError
@@ -25,6 +23,11 @@ EXTENSIONS = (*IMAGE_FORMATS, "npy")
 """Extensions of the signals that can be stored; nothing else in a shard is looked at."""
 POINT_DIMS = 3
 """D of point sets: (x, y, z)."""
+_KNOWN_INFO = {
+    "JPEG": {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive", "progression", "comment"},
+    "PNG": {"dpi", "gamma", "srgb"},
+}
+"""What a file may say about its image without changing how it is seen; neither EXIF nor transparency is among it."""
 MAX_PIXELS = 2**26
 """Images above 67 megapixels are refused before they are decompressed."""
 
@@ -73,7 +76,7 @@ def image_to_tensor(image: Image.Image, channels: int, where: str) -> UInt8[Tens
         raise InputError(f"{where}: images with {channels} channels are not supported; 1 (grey) and 3 (RGB) are.")
     try:
         image.load()
-        if image.info:  # EXIF and transparency both live there; bare files skip the work
+        if image.format not in _KNOWN_INFO or not image.info.keys() <= _KNOWN_INFO[image.format]:
             image = _over_white(ImageOps.exif_transpose(image))
         elif image.mode not in ("L", "RGB"):
             image = _over_white(image)
@@ -123,43 +126,8 @@ def decode_image(data: bytes, extension: str, channels: int, where: str) -> UInt
     Raises:
         InputError: names `where`.
     """
-    kind = IMAGE_FORMATS[extension]
-    if kind == "JPEG" and _is_plain_jpeg(data, channels):
-        # Nothing to turn or convert: torchvision takes two thirds of PIL's time for the same pixels. Not so for PNG:
-        # its decoder ends the process on damaged data (0.29).
-        mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0].rpartition(", ")[2].rstrip(".")
-            raise InputError(f"{where} cannot be decoded: {reason}.") from error
-    with open_image(io.BytesIO(data), where, formats=(kind,)) as image:
+    with open_image(io.BytesIO(data), where, formats=(IMAGE_FORMATS[extension],)) as image:
         return image_to_tensor(image, channels, where)
-
-
-def _is_plain_jpeg(data: bytes, channels: int) -> bool:
-    """Whether a JPEG has 8 bits, exactly `channels` channels, at most `MAX_PIXELS`, and nothing that changes them.
-
-    Looks at the header alone; everything that it does not know is not plain, and left to PIL.
-    """
-    height, width = _jpeg_size(data, channels) or (0, 0)
-    return 0 < height * width <= MAX_PIXELS and b"Exif\0" not in data and b"Adobe\0" not in data
-
-
-def _jpeg_size(data: bytes, channels: int) -> tuple[int, int] | None:
-    """(height, width) from the first frame header of a JPEG of 8 bits and `channels` components; otherwise None."""
-    if data[:2] != b"\xff\xd8":
-        return None
-    place = 2
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive
-            bits, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            return (height, width) if bits == 8 and components == channels else None
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or 0xC5 <= marker <= 0xCF or marker == 0xC3 or length < 2:
-            return None
-        place += 2 + length
-    return None
 
 
 def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_plus_C"]:
@@ -193,7 +161,9 @@ def decode_npy(data: bytes, where: str) -> np.ndarray:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, column_major, dtype = read(stream)  # of 10,000 bytes at most
         expected = math.prod(shape) * dtype.itemsize
-        if dtype.hasobject or expected != len(data) - stream.tell():
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded, as they are pickles")
+        if expected != len(data) - stream.tell():
             raise ValueError(f"{len(data) - stream.tell()} bytes of {dtype} cannot have the shape {list(shape)}")
         array = np.frombuffer(data, dtype, offset=stream.tell())
         return array.reshape(shape, order="F" if column_major else "C")

@@ -160,7 +160,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
     while True:
         file.seek(place)
         header = file.read(_BLOCK)
-        if not header:
+        if not header and place <= size:
             return
         if len(header) < _BLOCK:
             raise _DamagedTarError("it ends within a header; it is cut off, or not fully copied")
@@ -214,7 +214,7 @@ def _alone(file: BinaryIO) -> Iterator[None]:
 def _write(index: ShardIndex, proof: dict[str, str]) -> None:
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     for name in ("key", "label"):  # safetensors has no strings
-        arrays[name] = arrays[name].view("u1").reshape(len(index), -1)
+        arrays[name] = arrays[name].view("u1").reshape(len(index), arrays[name].itemsize)
     target = index.path.with_name(index.path.name + INDEX_SUFFIX)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:

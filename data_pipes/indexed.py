@@ -42,26 +42,20 @@ class IndexedSplit(Split):
     def _open(self, number: int) -> ShardIndex | None:
         path, shard = self._paths[number], self._shards[number]
         first = self._first[number]
+        positions = range(first, first + self._used[number])
         try:
-            check_shard(path, shard)
-        except InputError as error:
-            if not path.is_file():
-                self.bad.add_all(range(first, min(first + shard.count, len(self))), error)
-                return None
-            self.bad.add_shard(error)
-        try:
+            if self.bad.policy == "raise" or not path.is_file():
+                check_shard(path, shard)  # at once, before gigabytes are read
             index = open_index(path, shard, keep=not self.info.is_builtin)
         except InputError as error:
-            self.bad.add_all(range(first, min(first + shard.count, len(self))), error)
+            self.bad.add_all(positions, error)
             return None
-        if index.fault is not None:
-            self.bad.add_shard(InputError(index.fault))
-        if len(index) != shard.count:
-            wrong = InputError(
-                f"Shard {path} holds {len(index)} samples, not the {shard.count} that dataset.json records."
-            )
-            self.bad.add_shard(wrong)
-            self.bad.add_all(range(first + len(index), min(first + shard.count, len(self))), wrong)
+        fault = index.fault
+        if fault is None and len(index) != shard.count:
+            fault = f"Shard {path} holds {len(index)} samples, not the {shard.count} that dataset.json records."
+        if fault is not None:
+            self.bad.add_shard(InputError(fault))
+            self.bad.add_all(positions[len(index) :], InputError(fault))
         return index
 
     def key(self, position: int) -> str:  # noqa: D102 inherited

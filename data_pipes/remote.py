@@ -10,7 +10,8 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, BinaryIO, cast
+from contextlib import closing
+from typing import Any, Protocol, cast, runtime_checkable
 
 from webdataset.gopen import gopen
 
@@ -20,6 +21,17 @@ from mwt.errors import InputError
 TIMEOUT = 60.0
 """Seconds without an answer after which a connection counts as broken."""
 _MAX_INFO = 2**28  # bytes of a dataset.json
+
+
+@runtime_checkable
+class ByteStream(Protocol):
+    """What is asked of an open file or connection."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Up to so many bytes; none at the end."""
+
+    def close(self) -> None:
+        """Give it back."""
 
 
 def scheme_of(address: str) -> str | None:
@@ -58,7 +70,7 @@ def check_scheme(address: str, schemes: tuple[str, ...]) -> str:
     return scheme
 
 
-def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> BinaryIO:
+def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> ByteStream:
     """A stream of the bytes at a URL: http(s) by the standard library, `pipe:` by webdataset, others by fsspec.
 
     Raises:
@@ -67,11 +79,11 @@ def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> BinaryIO:
     """
     scheme = check_scheme(address, schemes)
     if scheme == "pipe":
-        return cast(BinaryIO, gopen(address))
+        return cast(ByteStream, gopen(address))
     if scheme in ("http", "https"):
         try:
             # A redirection leads to http, https or ftp only.
-            return cast(BinaryIO, urllib.request.urlopen(address, timeout=TIMEOUT))
+            return cast(ByteStream, urllib.request.urlopen(address, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (408, 425, 429) or error.code >= 500:
@@ -82,7 +94,7 @@ def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> BinaryIO:
     return _open_by_fsspec(address, scheme)
 
 
-def _open_by_fsspec(address: str, scheme: str) -> BinaryIO:
+def _open_by_fsspec(address: str, scheme: str) -> ByteStream:
     import fsspec  # it comes with torch; what it needs for a scheme is for the user to install
 
     try:
@@ -93,7 +105,7 @@ def _open_by_fsspec(address: str, scheme: str) -> BinaryIO:
         raise InputError(f"{shown(address)} is missing.") from error
     except ValueError as error:
         raise InputError(f"{shown(address)} cannot be opened: {error}.") from error
-    return cast(BinaryIO, opened)
+    return cast(ByteStream, opened)
 
 
 def fetch(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> bytes:
@@ -103,7 +115,7 @@ def fetch(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> bytes:
         InputError: it cannot be had, or is not small.
     """
     try:
-        with open_url(address, schemes) as stream:
+        with closing(open_url(address, schemes)) as stream:
             data = stream.read(_MAX_INFO + 1)
     except OSError as error:
         reason = getattr(error, "reason", error)

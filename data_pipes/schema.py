@@ -208,7 +208,9 @@ def _parse(content: Any, file: Path) -> DatasetInfo:
 
     def shard(entry: Any) -> ShardInfo:
         name = need(entry, "file", str)
-        if scheme_of(name) is None and Path(name).name != name:  # a list from elsewhere must not lead out of the folder
+        if scheme_of(name) is None and (
+            Path(name).name != name or name in ("", ".", "..")
+        ):  # a list from elsewhere must not lead out of the folder
             raise InputError(f"{file}: shard name {name!r} is neither a plain file name nor a URL.")
         count, size = need(entry, "count", int), need(entry, "bytes", int)
         if count < 0 or size < 0:

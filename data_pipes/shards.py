@@ -6,13 +6,14 @@ import hashlib
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_pipes.remote import open_url, shown
+from data_pipes.remote import ByteStream, open_url, shown
 from data_pipes.schema import ShardInfo
 from mwt.config import SAFE_SCHEMES
 from mwt.errors import InputError
@@ -60,7 +61,7 @@ def stream_shard(
     found, tries = 0, 0
     while True:
         try:
-            with _open(source, schemes) as opened:
+            with closing(_open(source, schemes)) as opened:
                 counted = _Counted(opened, shard.bytes)
                 try:
                     for number, sample in enumerate(_samples(name, counted)):
@@ -88,14 +89,14 @@ def stream_shard(
         tries += 1
 
 
-def _open(source: Path | str, schemes: tuple[str, ...]) -> BinaryIO:
+def _open(source: Path | str, schemes: tuple[str, ...]) -> ByteStream:
     return open(source, "rb") if isinstance(source, Path) else open_url(source, schemes)
 
 
 class _Counted:
     """A stream that counts and hashes what is read from it, refuses compressed data, and ends where it should."""
 
-    def __init__(self, stream: BinaryIO, limit: int | None) -> None:
+    def __init__(self, stream: ByteStream, limit: int | None) -> None:
         self._stream, self._limit = stream, limit
         self._digest = hashlib.sha256()
         self.count = 0

@@ -12,13 +12,16 @@ def is_fixed(info: DatasetInfo) -> bool:
     return True
 
 
-def signal_of(stored: Tensor, info: DatasetInfo, *, seed: int, epoch: int, position: int) -> Tensor:
+def signal_of(
+    stored: Tensor, info: DatasetInfo, *, seed: int, epoch: int, position: int, jitter: float = 0.0
+) -> Tensor:
     """The signal of one decoded sample, a function of (seed, epoch, position) alone; runs in the decoding threads.
 
     Args:
         stored: uint8 [C, h, w], or float32 [N, D + C], as `data_pipes.decode.decode_sample` gives it.
         info: the data set.
         seed, epoch, position: the address of all randomness in it.
+        jitter: standard deviation by which points of a surface are moved (`data_pipes.augment.scale_and_jitter`).
 
     Returns:
         A tensor of one of the same two forms.

@@ -33,6 +33,8 @@ class Epoch:
     shuffle: bool = False
     whole_batches: bool = False
     """Every batch has its full size, whatever samples are bad (`drop_last`)."""
+    jitter: float = 0.0
+    """By how much the points of surfaces are moved before distances to them are taken."""
     fresh: bool = True
     """Signals as they are trained on; False: as they are stored."""
 
@@ -121,19 +123,20 @@ class Split(ABC):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        jitter: float = 0.0,
     ) -> Iterator[Batch]:
         """This rank's batches of one epoch, `batch_size` samples each, from global batch `start` on.
 
         With `drop_last`, an incomplete last global batch is left out: `dropped()` samples, others in each epoch.
         Without, it is dealt out to the ranks like the others, as evenly as it goes; a rank whose share is empty gets
-        no batch for it. What is done about bad samples is said in `data_pipes.faults`.
+        no batch for it. `jitter` is for signals that are made anew in each epoch (`data_pipes.signals`). What is done about bad samples is said in `data_pipes.faults`.
 
         Raises:
             InputError: a sample that cannot be used; the message names shard and key.
         """
         if batch_size < 1 or not 0 <= rank < world or start < 0:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world}, start {start} make no sense")
-        asked = Epoch(number=epoch, seed=seed, shuffle=shuffle, whole_batches=drop_last)
+        asked = Epoch(number=epoch, seed=seed, shuffle=shuffle, whole_batches=drop_last, jitter=jitter)
         whole = batch_size * world
         end = self.steps(batch_size, drop_last, world) * whole
         shares = [
@@ -170,7 +173,7 @@ class Split(ABC):
     def _signal(self, stored: Tensor, position: int, epoch: Epoch) -> Tensor:
         if not epoch.fresh:
             return stored
-        return signal_of(stored, self.info, seed=epoch.seed, epoch=epoch.number, position=position)
+        return signal_of(stored, self.info, seed=epoch.seed, epoch=epoch.number, position=position, jitter=epoch.jitter)
 
 
 def replacements(position: int, epoch: Epoch, count: int) -> Iterator[int]:

@@ -90,7 +90,7 @@ class StreamingSplit(Split):
         order = torch.empty_like(sequence)
         for lane, positions in enumerate(read):
             source = random.Random(derived_seed(epoch.seed, f"shuffle/{lane}", epoch.number))
-            order[lane::lanes] = positions[_buffered(len(positions), SHUFFLE_BUFFER // lanes, source)]
+            order[lane::lanes] = positions[_buffered(len(positions), max(1, SHUFFLE_BUFFER // lanes), source)]
         return order, read
 
     def _rows(self, shares: list[range], epoch: Epoch, *, workers: int) -> Iterator[Row | None]:

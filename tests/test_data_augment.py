@@ -12,7 +12,15 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2f
 
-from data_pipes.augment import augment, crop_and_flip, crop_boxes, rotate_crop_flip, warp_coords
+from data_pipes.augment import (
+    augment,
+    crop_and_flip,
+    crop_boxes,
+    rotate_crop_flip,
+    scale_and_jitter,
+    surface_jitter,
+    warp_coords,
+)
 from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
 from mwt.observe import observe
@@ -221,3 +229,38 @@ def test_warp_turns_by_the_given_angle() -> None:
         shift=torch.tensor([[0.0, 0.5]]),
     )
     assert torch.allclose(turned[0], torch.tensor([[0.0, 1.5], [-1.0, 0.5]]), atol=1e-6)
+
+
+def test_surfaces_are_scaled_then_jittered() -> None:
+    """Against NumPy, one surface at a time; with the released code's numbers only for the kind that asks for it."""
+    source = np.random.default_rng(0)
+    points, noise = (
+        source.uniform(-1, 1, (3, 50, 3)).astype(np.float32),
+        source.normal(size=(3, 50, 3)).astype(np.float32),
+    )
+    factor = np.array([0.9, 1.0, 1.1], np.float32)
+    result = scale_and_jitter(torch.from_numpy(points), torch.from_numpy(factor), torch.from_numpy(noise), 0.01)
+    for i in range(3):
+        assert np.allclose(result[i].numpy(), factor[i] * points[i] + np.float32(0.01) * noise[i], atol=1e-6)
+    single = scale_and_jitter(torch.from_numpy(points[1]), torch.tensor(1.0), torch.from_numpy(noise[1]), 0.0)
+    assert torch.equal(single, torch.from_numpy(points[1]))
+    assert [surface_jitter(kind) for kind in ("points", "none", "crop")] == [0.01, 0.0, 0.0]
+
+
+def test_the_paper_s_paddings_and_ranges() -> None:
+    """The released code's: reflect padding of 4 for small images; 40, 30 degrees and 0.8 to 1 of the area for large."""
+    assert (module.AFFINE_PADDING, module.MAX_DEGREES, module.CROP_AREA) == (40, 30.0, (0.8, 1.0))
+    assert module.POINT_SCALE == (0.9, 1.1)
+    result = augment(image_batch(noise(1, 1, 9, 9)), "crop", seed=0, epoch=0)
+    assert torch.equal(
+        images_of(result), images_of(augment(image_batch(noise(1, 1, 9, 9)), "crop", seed=0, epoch=0, padding=4))
+    )
+
+
+def test_layouts_give_equal_pixels() -> None:
+    """Batches come with the channels of a pixel together; for what is computed that makes no difference."""
+    images = noise(4, 3, 48, 48)
+    together = images.contiguous(memory_format=torch.channels_last)
+    for kind in ("crop_flip", "affine_flip"):
+        one, two = (images_of(augment(image_batch(x), kind, seed=0, epoch=0)) for x in (images, together))
+        assert torch.equal(one, two)

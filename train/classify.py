@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data_pipes.augment import augment
+from data_pipes.augment import augment, surface_jitter
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from mwt import memory, runtime
@@ -175,6 +175,7 @@ def train_epoch(run: Run, epoch: int, bar: Any, stop: StopRequested) -> None:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         start=state.step - epoch * state.steps_per_epoch,
+        jitter=surface_jitter(config.data.augment),
     )
     saved_at = time.monotonic()
     state.start_clock()
@@ -268,7 +269,7 @@ def describe(run: Run, compiled: bool) -> None:
     """What is about to happen, in a few lines."""
     config, split = run.config, run.train
     counts = {name: sum(p.numel() for p in params) for name, params in run.model.parameter_groups().items()}
-    kept = "kept on the device" if split.resident else "streamed"
+    kept = {"resident": "kept on the device", "indexed": "read as needed", "stream": "streamed"}[split.reader]
     classes = len(split.facts.classes)
     print(f"data      {config.data.path}: {len(split)} signals in {split.name!r}, {classes} classes, {kept}")
     print(
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
 
-    info = read_info(config.data.path)
+    info = read_info(config.data.path, schemes=config.data.schemes)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=runtime.ACCELERATE_PRECISION[config.run.precision],
@@ -347,6 +348,9 @@ def main(argv: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             describe(run, compiled)
         status = train(run, stack.enter_context(StopRequested()))
+    for split in (run.train, run.monitored):
+        if split is not None and (skipped := split.bad.report()):  # each process says what it has come upon
+            print(f"warning: {skipped}", file=sys.stderr)
     if config.run.trackers:
         accelerator.end_training()
     if status == 0 and accelerator.is_main_process:
