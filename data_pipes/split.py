@@ -129,7 +129,8 @@ class Split(ABC):
 
         With `drop_last`, an incomplete last global batch is left out: `dropped()` samples, others in each epoch.
         Without, it is dealt out to the ranks like the others, as evenly as it goes; a rank whose share is empty gets
-        no batch for it. `jitter` is for signals that are made anew in each epoch (`data_pipes.signals`). What is done about bad samples is said in `data_pipes.faults`.
+        no batch for it. `jitter` is for signals that are made anew in each epoch (`data_pipes.signals`). What is done
+        about bad samples is said in `data_pipes.faults`.
 
         Raises:
             InputError: a sample that cannot be used; the message names shard and key.

@@ -226,9 +226,6 @@ def test_compressed_text_in_a_png_is_bounded(name: bytes) -> None:
 def test_invented_shapes_take_no_memory(shape: str) -> None:
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(16)
-    if shape == "(True, 4)":  # one row of four
-        assert decode_points(data, 1, "x").shape == (1, 4)
-        return
     assert peak_of(lambda: decode_points(data, 1, "x")) < 1_000_000
 
 
@@ -265,13 +262,14 @@ for kind, extension in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")):
     image.save(stream, kind)
     files.append((extension, stream.getvalue()))
 refused = 0
-for number in range(3000):
+for number in range(1500):
     extension, data = files[number % 3]
     changed = bytearray(data)
     for place in source.integers(0, len(data), size=1 + number % 4):
         changed[place] = source.integers(256)
+    end = source.integers(1, len(data) + 1) if number % 5 == 0 else None
     try:
-        decode_image(bytes(changed[: source.integers(1, len(data) + 1)] if number % 5 == 0 else changed), extension, 3, "x")
+        decode_image(bytes(changed[:end]), extension, 3, "x")
     except InputError:
         refused += 1
 print(refused)
@@ -279,4 +277,4 @@ print(refused)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=200,
                           cwd=Path(__file__).parents[1])  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert 500 < int(done.stdout) < 3000
+    assert 250 < int(done.stdout) < 1500

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from data_pipes import streaming
+from data_pipes import read, streaming
 from data_pipes.decode import encode_png
 from data_pipes.parallel import ordered_map, prefetch
 from data_pipes.read import IndexedSplit, ResidentSplit, Split, StreamingSplit, open_split
 from data_pipes.write import Sample, write_dataset
+from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError
 from mwt.structs import Batch, SignalFacts
 
@@ -225,3 +227,40 @@ def test_prefetch_is_bounded_and_passes_errors_on() -> None:
     assert [next(results) for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(KeyError, match="the end"):
         next(results)
+
+
+def test_signals_that_each_epoch_makes_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a function of (seed, epoch, position), in every reader; a resident split keeps what is stored."""
+
+    def made(stored: Tensor, info: Any, *, seed: int, epoch: int, position: int, jitter: float = 0.0) -> Tensor:
+        assert stored.flatten()[0] == position
+        return torch.full((1, 1, 3), (100 * seed + 50 * epoch + position + int(jitter)) % 256, dtype=torch.uint8)
+
+    monkeypatch.setattr("data_pipes.split.signal_of", made)
+    monkeypatch.setattr("data_pipes.resident.is_fixed", lambda info: False)
+    for reader in READERS:
+        for workers in (0, 2):
+            split = open_split(folder, "train", device=CPU, reader=reader, workers=workers)  # type: ignore[arg-type]
+            assert not split.resident
+            for seed, epoch, jitter in ((0, 0, 0.0), (1, 0, 0.0), (0, 1, 0.0), (0, 0, 7.0)):
+                batches = split.batches(batch_size=5, seed=seed, epoch=epoch, shuffle=True, jitter=jitter)
+                for batch in batches:
+                    assert batch.images is not None
+                    expected = (batch.positions + 100 * seed + 50 * epoch + int(jitter)) % 256
+                    assert torch.equal(batch.images[:, 0, 0].long(), expected[:, None].expand(-1, 3))
+
+
+def test_everything_that_a_configuration_says_arrives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"reader": "stream", "resident_mb": 3, "workers": 1, "limit": 9, "on_bad_sample": "skip", "max_bad": 0.5}
+    overrides = [
+        f"data.path={folder}",
+        "data.schemes=[http,pipe]",
+        *(f"data.{key}={value}" for key, value in values.items()),
+    ]
+    data = load_config(ClassifyConfig, None, overrides).data
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(read, "open_split", lambda path, split, **options: seen.update(options, path=path, split=split))
+    read.open_configured(data, "train", CPU)
+    assert seen == {**values, "path": str(folder), "split": "train", "device": CPU, "schemes": ("http", "pipe")}
+    with pytest.raises(InputError, match=r"data\.max_bad is 2\.0; it must lie in \[0, 1\]"):
+        load_config(ClassifyConfig, None, ["data.max_bad=2"])

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     reader=st.sampled_from(["resident", "indexed", "stream"]),
     world=st.integers(1, 8),
@@ -96,7 +96,7 @@ rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 folder, out = sys.argv[1:3]
 results = {}
 for reader in ("resident", "indexed", "stream"):
-    for size in (1, 3, 8):
+    for size in (3, 8):
         split = open_split(folder, "test", device=torch.device("cpu"), reader=reader, workers=rank)
         small = ["siren.hidden=64", "siren.hidden_layers=1", "inner_loop.steps=1", "reader.blocks=1"]
         config = load_config(ClassifyConfig, None, small)
@@ -127,7 +127,7 @@ def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_p
     for result in results:
         for name, (positions, labels, summary) in result.items():
             assert positions == list(range(19)), name
-            first = results[0]["resident 1"]
+            first = results[0]["resident 3"]
             assert labels == first[1]
             assert summary == pytest.approx(first[2], rel=1e-5)
 
@@ -137,9 +137,9 @@ def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_p
 
 @pytest.mark.parametrize(("reader", "limit"), [("indexed", COUNT), ("indexed", 7), ("stream", 7)])
 def test_every_order_is_as_probable(folder: Path, reader: Any, limit: int) -> None:
-    """Over 2,000 epochs: each sample at each place alike, each next to each other alike, no epoch like its position."""
+    """Over 1,500 epochs: each sample at each place alike, each next to each other alike, no epoch like its position."""
     split = open_split(folder, "train", device=CPU, reader=reader, limit=limit)
-    epochs = 2000
+    epochs = 1500
     orders = np.stack([split.order(Epoch(number=epoch, shuffle=True)).numpy() for epoch in range(epochs)])
     assert (np.sort(orders, axis=1) == np.arange(limit)).all()
     places = np.zeros((limit, limit))
