@@ -11,6 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import closing
+from http.client import HTTPException
 from typing import Any, Protocol, cast, runtime_checkable
 
 from webdataset.gopen import gopen
@@ -117,7 +118,7 @@ def fetch(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> bytes:
     try:
         with closing(open_url(address, schemes)) as stream:
             data = stream.read(_MAX_INFO + 1)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise InputError(f"{shown(address)} cannot be read: {reason}.") from error
     if len(data) > _MAX_INFO:

@@ -259,8 +259,14 @@ def test_everything_that_a_configuration_says_arrives(folder: Path, monkeypatch:
     ]
     data = load_config(ClassifyConfig, None, overrides).data
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(read, "open_split", lambda path, split, **options: seen.update(options, path=path, split=split))
-    read.open_configured(data, "train", CPU)
+    opened = read.open_split
+
+    def noted(path: Any, split: str, **options: Any) -> Split:
+        seen.update(options, path=path, split=split)
+        return opened(path, split, **options)
+
+    monkeypatch.setattr(read, "open_split", noted)
+    assert len(read.open_configured(data, "train", CPU)) == 9
     assert seen == {**values, "path": str(folder), "split": "train", "device": CPU, "schemes": ("http", "pipe")}
     with pytest.raises(InputError, match=r"data\.max_bad is 2\.0; it must lie in \[0, 1\]"):
         load_config(ClassifyConfig, None, ["data.max_bad=2"])

@@ -112,11 +112,11 @@ torch.distributed.destroy_process_group()
 
 
 def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_path: Path) -> None:
-    """19 samples over 1, 2 and 3 processes: the same samples, labels and metrics."""
+    """19 samples over 1 and 3 processes: the same samples, labels and metrics."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     results = []
-    for world in (1, 2, 3):
+    for world in (1, 3):
         out = tmp_path / f"{world}.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
                    str(program), str(folder), str(out)]  # fmt: skip
