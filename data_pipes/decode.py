@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,15 @@ from mwt.structs import SignalFacts
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Extension of a sample -> the only format that PIL may find in it."""
+EXTENSIONS = (*IMAGE_FORMATS, "npy")
+"""Extensions of the signals that can be stored; nothing else in a shard is looked at."""
 POINT_DIMS = 3
 """D of point sets: (x, y, z)."""
+_KNOWN_INFO = {
+    "JPEG": {"jfif", "jfif_version", "jfif_unit", "jfif_density", "dpi", "progressive", "progression", "comment"},
+    "PNG": {"dpi", "gamma", "srgb"},
+}
+"""What a file may say about its image without changing how it is seen; neither EXIF nor transparency is among it."""
 MAX_PIXELS = 2**26
 """Images above 67 megapixels are refused before they are decompressed."""
 
@@ -68,7 +76,7 @@ def image_to_tensor(image: Image.Image, channels: int, where: str) -> UInt8[Tens
         raise InputError(f"{where}: images with {channels} channels are not supported; 1 (grey) and 3 (RGB) are.")
     try:
         image.load()
-        if image.info:  # EXIF and transparency both live there; bare files skip the work
+        if image.format not in _KNOWN_INFO or not image.info.keys() <= _KNOWN_INFO[image.format]:
             image = _over_white(ImageOps.exif_transpose(image))
         elif image.mode not in ("L", "RGB"):
             image = _over_white(image)
@@ -80,7 +88,7 @@ def image_to_tensor(image: Image.Image, channels: int, where: str) -> UInt8[Tens
     except Exception as error:  # PIL's plug-ins raise many kinds
         raise InputError(f"{where} cannot be decoded: {_reason(error)}.") from error
     tensor = torch.from_numpy(pixels)
-    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1).contiguous()
+    return tensor[None] if channels == 1 else tensor.permute(2, 0, 1)
 
 
 def seen_size(image: Image.Image, where: str) -> tuple[int, int]:
@@ -113,6 +121,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def decode_image(data: bytes, extension: str, channels: int, where: str) -> UInt8[Tensor, "C h w"]:
     """The pixels of one stored image: `extension` one of `IMAGE_FORMATS`, `channels` 1 or 3.
 
+    In memory the channels lie together, as decoders give them: a permuted [h, w, C].
+
     Raises:
         InputError: names `where`.
     """
@@ -129,11 +139,7 @@ def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_
         InputError: names `where`.
     """
     columns = POINT_DIMS + channels
-    try:
-        # read_array and not np.load: the latter also takes zip archives and pickles by their first bytes
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # ValueError, EOFError, MemoryError of an invented shape, SyntaxError of the header
-        raise InputError(f"{where} cannot be read as npy: {_reason(error)}.") from error
+    array = decode_npy(data, where)
     allowed = (columns, POINT_DIMS) if channels == 1 else (columns,)
     if array.dtype.kind != "f" or array.ndim != 2 or array.shape[0] == 0 or array.shape[1] not in allowed:
         raise InputError(
@@ -143,6 +149,29 @@ def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_
     if not np.isfinite(array).all():
         raise InputError(f"{where} holds values that are not finite.")
     return torch.from_numpy(array.astype(np.float32))
+
+
+def decode_npy(data: bytes, where: str) -> np.ndarray:
+    """The array of an npy file, read-only. Nothing is unpickled, and no more memory taken than `data` has.
+
+    Raises:
+        InputError: names `where`.
+    """
+    stream = io.BytesIO(data)
+    try:
+        # Not np.load: that also takes zip archives and pickles by their first bytes.
+        version = np.lib.format.read_magic(stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, column_major, dtype = read(stream)  # of 10,000 bytes at most
+        expected = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded, as they are pickles")
+        if expected != len(data) - stream.tell():
+            raise ValueError(f"{len(data) - stream.tell()} bytes of {dtype} cannot have the shape {list(shape)}")
+        array = np.frombuffer(data, dtype, offset=stream.tell())
+        return array.reshape(shape, order="F" if column_major else "C")
+    except Exception as error:  # ValueError, KeyError of a version, SyntaxError or TokenError of the header
+        raise InputError(f"{where} cannot be read as npy: {_reason(error)}.") from error
 
 
 def decode_label(data: bytes, classes: int, where: str) -> int:
@@ -168,23 +197,37 @@ def decode_sample(sample: dict[str, Any], facts: SignalFacts, where: str) -> tup
     if "cls" not in sample:
         raise InputError(f"{where} has no label (KEY.cls).")
     label = decode_label(sample["cls"], len(facts.classes), where)
-    known = set(IMAGE_FORMATS) if facts.kind == "image" else {"npy"}
+    known = known_extensions(facts)
     found = [name for name in sample if name in known]
     if len(found) != 1:
         others = ", ".join(sorted(name for name in sample if not name.startswith("__") and name != "cls")) or "nothing"
-        raise InputError(
-            f"{where} must hold exactly one of {', '.join(sorted(known))} beside its label; it holds {others}."
-        )
+        raise InputError(f"{where} must hold exactly one of {', '.join(known)} beside its label; it holds {others}.")
+    return decode_signal(sample[found[0]], found[0], facts, where), label
+
+
+def known_extensions(facts: SignalFacts) -> tuple[str, ...]:
+    """The extensions that a signal of this kind may have."""
+    return tuple(sorted(IMAGE_FORMATS)) if facts.kind == "image" else ("npy",)
+
+
+def decode_signal(data: bytes, extension: str, facts: SignalFacts, where: str) -> Tensor:
+    """The tensor of a sample: uint8 [C, h, w], or float32 [N, D + C] for point sets.
+
+    Raises:
+        InputError: names `where`; an extension of another kind of signal, damaged contents, or another size.
+    """
+    if extension not in known_extensions(facts):
+        raise InputError(f"{where} must hold exactly one of {', '.join(known_extensions(facts))} beside its label.")
     if facts.kind == "points":
-        return decode_points(sample["npy"], facts.channels, where), label
-    image = decode_image(sample[found[0]], found[0], facts.channels, where)
+        return decode_points(data, facts.channels, where)
+    image = decode_image(data, extension, facts.channels, where)
     expected = (facts.height or image.shape[1], facts.width or image.shape[2])
     if image.shape[1:] != expected:
         raise InputError(
             f"{where} has {image.shape[1]} x {image.shape[2]} pixels, "
             f"but the data set says {expected[0]} x {expected[1]}."
         )
-    return image, label
+    return image
 
 
 def resize(image: UInt8[Tensor, "C h w"], height: int, width: int) -> UInt8[Tensor, "C h2 w2"]:

@@ -98,7 +98,7 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 
     def copied() -> Iterator[tuple[Batch, torch.cuda.Event]]:
         for batch in batches:
-            pinned = {name: field.contiguous().pin_memory() for name, field in _fields(batch)}
+            pinned = {name: _dense(field).pin_memory() for name, field in _fields(batch)}
             with torch.cuda.stream(stream):
                 moved = Batch(**pinned).to(device)
             yield moved, stream.record_event()
@@ -109,6 +109,11 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
         for _, field in _fields(batch):
             field.record_stream(user)  # the copying stream, which owns the memory, must not have it back too early
         yield batch
+
+
+def _dense(field: Tensor) -> Tensor:
+    """The field, copied if there are gaps in its memory: images may lie with their channels together."""
+    return field if field.ndim == 4 and field.is_contiguous(memory_format=torch.channels_last) else field.contiguous()
 
 
 def _fields(batch: Batch) -> list[tuple[str, Tensor]]:

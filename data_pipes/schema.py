@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from data_pipes.remote import fetch, joined, scheme_of, shown
+from mwt.config import SAFE_SCHEMES
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 
@@ -23,7 +25,10 @@ _BUILTIN_FOLDER = Path(__file__).parent / "builtin"
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """One tar file of a split: its name inside the folder, its samples, its size in bytes and its checksum."""
+    """One tar file of a split: its samples, its size in bytes and its checksum.
+
+    `file` is its name inside the folder, or a URL.
+    """
 
     file: str
     count: int
@@ -41,7 +46,10 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """The content of `dataset.json`, and its folder. `height` and `width` are None where sizes differ."""
+    """The content of `dataset.json`, and where it lies. `height` and `width` are None where sizes differ.
+
+    `url` is the address of the folder where that is not on this machine; `folder` then only serves to name it.
+    """
 
     name: str
     signal: Literal["image", "points"]
@@ -53,6 +61,7 @@ class DatasetInfo:
     splits: dict[str, SplitInfo]
     folder: Path
     schema: int = SCHEMA_VERSION
+    url: str | None = None
 
     @property
     def facts(self) -> SignalFacts:
@@ -71,6 +80,17 @@ class DatasetInfo:
             raise InputError(f"{self.folder} has no split {name!r}; it has {', '.join(self.splits) or 'none'}.")
         return self.splits[name]
 
+    @property
+    def is_builtin(self) -> bool:
+        """Whether it comes with the package."""
+        return self.url is None and self.folder.is_relative_to(_BUILTIN_FOLDER)
+
+    def source(self, shard: ShardInfo) -> Path | str:
+        """Where a shard lies: the path of a file, or a URL."""
+        if scheme_of(shard.file) is not None:
+            return shard.file
+        return self.folder / shard.file if self.url is None else joined(self.url, shard.file)
+
     def shard_paths(self, name: str) -> list[Path]:
         """Paths of the shards of split `name`, each present and as large as recorded.
 
@@ -80,16 +100,21 @@ class DatasetInfo:
         paths = []
         for shard in self.split(name).shards:
             path = self.folder / shard.file
-            if not path.is_file():
-                raise InputError(f"Shard {path}, listed in {INFO_FILE}, is missing; copy or prepare the data again.")
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise InputError(
-                    f"Shard {path} has {size} bytes, but {INFO_FILE} records {shard.bytes}; "
-                    "it is damaged or not fully copied. Copy or prepare the data again."
-                )
+            check_shard(path, shard)
             paths.append(path)
         return paths
+
+
+def check_shard(path: Path, shard: ShardInfo) -> None:
+    """Raises InputError unless the shard is there and as large as recorded."""
+    if not path.is_file():
+        raise InputError(f"Shard {path}, listed in {INFO_FILE}, is missing; copy or prepare the data again.")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise InputError(
+            f"Shard {path} has {size} bytes, but {INFO_FILE} records {shard.bytes}; "
+            "it is damaged or not fully copied. Copy or prepare the data again."
+        )
 
 
 def list_builtin() -> list[str]:
@@ -100,7 +125,7 @@ def list_builtin() -> list[str]:
 def save_info(info: DatasetInfo) -> None:
     """Writes `dataset.json` into `info.folder` and flushes it to the disk."""
     content = asdict(info)
-    del content["folder"]
+    del content["folder"], content["url"]
     content = {"schema": content.pop("schema"), **content}
     with open(info.folder / INFO_FILE, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -108,8 +133,8 @@ def save_info(info: DatasetInfo) -> None:
         os.fsync(file.fileno())
 
 
-def read_info(path: str | Path) -> DatasetInfo:
-    """Reads `dataset.json` of a folder, or of a data set that comes with the package (`builtin:NAME`).
+def read_info(path: str | Path, *, schemes: tuple[str, ...] = SAFE_SCHEMES) -> DatasetInfo:
+    """Reads `dataset.json` of a folder, of one at a URL, or of a data set that comes with the package (`builtin:NAME`).
 
     Raises:
         InputError: no such folder or name, no `dataset.json` in it, or one that cannot be used.
@@ -120,6 +145,8 @@ def read_info(path: str | Path) -> DatasetInfo:
         if name not in list_builtin():
             raise InputError(f"No built-in data set {name!r}; there is {', '.join(list_builtin()) or 'none'}.")
         folder = _BUILTIN_FOLDER / name
+    elif isinstance(path, str) and scheme_of(path) is not None:
+        return _read_remote(path, schemes)
     else:
         folder = Path(path).expanduser()
     file = folder / INFO_FILE
@@ -130,6 +157,17 @@ def read_info(path: str | Path) -> DatasetInfo:
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}.") from error
     return _parse(content, file)
+
+
+def _read_remote(url: str, schemes: tuple[str, ...]) -> DatasetInfo:
+    file = joined(url, INFO_FILE)
+    try:
+        content = json.loads(fetch(file, schemes))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{shown(file)} cannot be read as JSON: {error}.") from error
+    return replace(_parse(content, Path(shown(file))), url=url)
 
 
 def _why_no_info(folder: Path) -> str:
@@ -170,14 +208,14 @@ def _parse(content: Any, file: Path) -> DatasetInfo:
 
     def shard(entry: Any) -> ShardInfo:
         name = need(entry, "file", str)
-        if Path(name).name != name:  # a list from elsewhere must not lead out of the folder
-            raise InputError(f"{file}: shard name {name!r} is not a plain file name.")
-        return ShardInfo(
-            file=name,
-            count=need(entry, "count", int),
-            bytes=need(entry, "bytes", int),
-            sha256=need(entry, "sha256", str),
-        )
+        if scheme_of(name) is None and (
+            Path(name).name != name or name in ("", ".", "..")
+        ):  # a list from elsewhere must not lead out of the folder
+            raise InputError(f"{file}: shard name {name!r} is neither a plain file name nor a URL.")
+        count, size = need(entry, "count", int), need(entry, "bytes", int)
+        if count < 0 or size < 0:
+            raise InputError(f"{file}: shard {name} has a negative count or size.")
+        return ShardInfo(file=name, count=count, bytes=size, sha256=need(entry, "sha256", str))
 
     schema = need(content, "schema", int)
     if schema != SCHEMA_VERSION:

@@ -1,34 +1,145 @@
-"""Samples of one tar file, in order, undecoded."""
+"""Samples of one tar file, in order, undecoded; from a local file or from a URL."""
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
+import time
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import closing
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from data_pipes.remote import ByteStream, open_url, shown
+from data_pipes.schema import ShardInfo
+from mwt.config import SAFE_SCHEMES
 from mwt.errors import InputError
+
+RETRIES = 4
+"""How often a broken connection is opened again, after 1, 2, 4, … seconds."""
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+_DAMAGE = (tarfile.TarError, OSError, ValueError, EOFError, AssertionError, HTTPException)
+_BROKEN = (TimeoutError, ConnectionError, HTTPException)
 
 
 def iterate_shard(path: Path, count: int | None) -> Iterator[dict[str, Any]]:
     """The first `count` samples of a shard (None: all) as webdataset gives them: `{"__key__": str, EXTENSION: bytes}`.
 
     Raises:
-        InputError: the file is no whole tar file, or holds fewer than `count` samples.
+        InputError: the file is no whole tar file, holds fewer than `count` samples, or a name that leads out of it.
     """
     found = 0
     with open(path, "rb") as file:
-        samples = group_by_keys(tar_file_expander([{"url": str(path), "stream": file}], eof_value=None))
+        samples = _samples(str(path), _Counted(file, None))
         while count is None or found < count:
             try:
                 sample = next(samples, None)
-            except (tarfile.TarError, OSError, ValueError, EOFError, AssertionError) as error:
-                raise InputError(f"Shard {path} is damaged after {found} samples: {error.args[0]}.") from error
+            except _DAMAGE as error:
+                raise _damaged(str(path), found, error) from error
             if sample is None:
                 if count is None:
                     return
                 raise InputError(f"Shard {path} holds {found} samples, not the {count} that dataset.json records.")
             found += 1
             yield sample
+
+
+def stream_shard(
+    source: Path | str, shard: ShardInfo, *, schemes: tuple[str, ...] = SAFE_SCHEMES
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as they arrive. Read to its end, its bytes are compared with what dataset.json records.
+
+    A connection that breaks is opened again, and what has been yielded already is passed over.
+
+    Raises:
+        InputError: the shard is missing, damaged or another than recorded; after the samples that could be read.
+    """
+    name = str(source) if isinstance(source, Path) else shown(source)
+    found, tries = 0, 0
+    while True:
+        try:
+            with closing(_open(source, schemes)) as opened:
+                counted = _Counted(opened, shard.bytes)
+                try:
+                    for number, sample in enumerate(_samples(name, counted)):
+                        if number == found:
+                            found, tries = found + 1, 0
+                            yield sample
+                    _check_end(name, counted, shard)
+                    return
+                except _DAMAGE as error:
+                    if isinstance(error, InputError):
+                        raise
+                    cut_off = counted.count < shard.bytes and not isinstance(source, Path)
+                    if not (cut_off or isinstance(error, _BROKEN)):
+                        raise _damaged(name, found, error) from error
+                    broken: Exception = error
+        except OSError as error:
+            if isinstance(source, Path):
+                raise InputError(f"Shard {name} cannot be read: {error.strerror or error}.") from error
+            broken = error
+        if tries == RETRIES:
+            raise InputError(
+                f"Shard {name} cannot be read beyond sample {found}: {broken}. Tried {1 + RETRIES} times."
+            ) from broken
+        time.sleep(2**tries)
+        tries += 1
+
+
+def _open(source: Path | str, schemes: tuple[str, ...]) -> ByteStream:
+    return open(source, "rb") if isinstance(source, Path) else open_url(source, schemes)
+
+
+class _Counted:
+    """A stream that counts and hashes what is read from it, refuses compressed data, and ends where it should."""
+
+    def __init__(self, stream: ByteStream, limit: int | None) -> None:
+        self._stream, self._limit = stream, limit
+        self._digest = hashlib.sha256()
+        self.count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """As of any stream."""
+        data = self._stream.read(size)
+        if self.count == 0 and data.startswith(_COMPRESSED):
+            raise ValueError("it is compressed, which could hide any size; store plain tar files")
+        self.count += len(data)
+        if self._limit is not None and self.count > self._limit:
+            raise tarfile.ReadError(f"it has more than the {self._limit} bytes that dataset.json records")
+        if self._limit is not None:
+            self._digest.update(data)
+        return data
+
+    def hexdigest(self) -> str:
+        """SHA-256 of what has been read."""
+        return self._digest.hexdigest()
+
+
+def _samples(name: str, stream: _Counted) -> Iterator[dict[str, Any]]:
+    files = tar_file_expander([{"url": name, "stream": stream}], eof_value=None)
+    samples: Iterator[dict[str, Any]] = group_by_keys(map(_inside, files))
+    return samples
+
+
+def _inside(file: dict[str, Any]) -> dict[str, Any]:
+    """The file, if its name stays in the folder. Links are no regular files; webdataset passes over them."""
+    name = file["fname"]
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise tarfile.TarError(f"it holds {name!r}, which leads out of the folder")
+    return file
+
+
+def _check_end(name: str, stream: _Counted, shard: ShardInfo) -> None:
+    while stream.read(2**20):  # the padding of a tar
+        pass
+    if stream.count < shard.bytes:
+        raise tarfile.ReadError(f"it has {stream.count} bytes, not the {shard.bytes} that dataset.json records")
+    if stream.hexdigest() != shard.sha256:
+        raise InputError(f"Shard {name} has another sha256 than dataset.json records. Copy or prepare the data again.")
+
+
+def _damaged(name: str, found: int, error: Exception) -> InputError:
+    return InputError(f"Shard {name} is damaged after {found} samples: {error.args[0] if error.args else error}.")

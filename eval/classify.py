@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     document, result = evaluate_run(run, split.name, batches, steps=arguments.steps, curve=curve)
     files = save_evaluation(run, document, result)
     show(document, str(run.path))
+    if skipped := split.bad.report():
+        print(f"\nwarning: {skipped}")
     print(f"\nWritten: {files[0]} and {files[1].name}")
     return 0
 

@@ -332,12 +332,12 @@ def gather(run: inspection.TrainedRun) -> Material:
     data = run.config.data
     split = open_configured(data, data.test_split, run.device)
     inspection.check_data_fits(run.model, split.facts, data.path)
-    stored = inspection.load_evaluation(run, split.name, len(split))
+    stored = inspection.load_evaluation(run, split.name, len(split) - len(split.bad))
     if stored is None:
         empty = torch.zeros(0)
         blank = Material(run=run, split=split, numbers={}, labels=empty, probabilities=empty, columns={})
         inspection.save_evaluation(run, *inspection.evaluate_run(run, split.name, blank.batches))
-        stored = inspection.load_evaluation(run, split.name, len(split))
+        stored = inspection.load_evaluation(run, split.name, len(split) - len(split.bad))
     assert stored is not None  # it was written a moment ago
     numbers, columns = stored
     labels, probabilities = (torch.from_numpy(columns[name]) for name in ("label", "probabilities"))

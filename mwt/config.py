@@ -25,6 +25,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+SAFE_SCHEMES = ("https", "http", "s3", "gs")
+"""Schemes of URLs that data is read from unless `data.schemes` says otherwise: none of them runs anything."""
+
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """What `run.trackers` may name, beside the metrics.jsonl that is always written."""
 
@@ -139,7 +142,7 @@ class DataConfig:
     """Where the signals come from. Classes, channels and sizes come with the data."""
 
     path: str = "builtin:digits"
-    """A folder made by `python -m data_pipes.prepare`, or builtin:NAME."""
+    """A folder made by `python -m data_pipes.prepare`, the URL of one, or builtin:NAME."""
     batch_size: int = 16
     """Signals per optimizer step, over all processes."""
     augment: Literal["none", "crop", "crop_flip", "affine_flip", "coords", "points"] = "none"
@@ -154,13 +157,25 @@ class DataConfig:
     """Split to evaluate while training; by default `val` where the data has one. `best` is chosen on `val` alone, and
     not where `val` is the test split."""
     resident_mb: int = 4096
-    """A split up to this size (uint8, MiB) is kept on the device; larger ones stream from their shards."""
+    """`auto` keeps a split up to this size (decoded, MiB) on the device."""
+    reader: Literal["auto", "resident", "indexed", "stream"] = "auto"
+    """resident: decoded once and kept on the device. indexed: random access to local shards. stream: shards read one
+    after the other. auto: resident up to `resident_mb`; above, indexed for local shards and stream for remote ones."""
     workers: int = 2
-    """Decoding threads for splits that stream."""
+    """Decoding threads."""
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+    """Whether a damaged sample or shard ends the run, or is counted, logged and replaced (data_pipes.faults)."""
+    max_bad: float = 0.01
+    """The share of a split that may be skipped; above it the run ends. One sample always may."""
+    schemes: tuple[str, ...] = SAFE_SCHEMES
+    """Schemes of URLs that may be opened. `pipe` runs the command that the URL holds: name it only for data that you
+    trust as much as a program."""
     limit: int | None = None
     """Use only the first so many samples of each split (for trying things)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", tuple(self.schemes))  # YAML brings a list
+        _require(0 <= self.max_bad <= 1, f"data.max_bad is {self.max_bad}; it must lie in [0, 1].")
         _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
         _require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
         for name in ("crop_padding", "resident_mb", "workers"):

@@ -33,6 +33,8 @@ class Signals(Protocol):
     """A split of a data set, as the outer loop uses it."""
 
     name: str
+    bad: Any
+    """Its `report()` is a sentence about samples that could not be used, or None."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +52,7 @@ class Signals(Protocol):
     ) -> Iterator[Batch]:
         """This rank's batches of one epoch, from global batch `start` on; those of all ranks make what one would see.
 
-        A global batch is dealt out to the ranks in order and as evenly as it goes.
+        A global batch is dealt out to the ranks in turn: rank r has every `world`-th sample from its r-th on.
         """
 
 
@@ -193,10 +195,8 @@ class OuterLoop:
         rank = self.accelerator.process_index
         batches = split.batches(batch_size=size, rank=rank, world=world, shuffle=limit is not None, seed=MONITOR_SEED)
         if limit is not None:
-            batches = first_samples(batches, limit, size=size, count=len(split), rank=rank, world=world)
-        whole = (len(split) if limit is None else limit) // (
-            size * world
-        )  # global batches that every rank has a share of
+            batches = first_samples(batches, limit, size=size, rank=rank, world=world)
+        whole = (len(split) if limit is None else limit) // (size * world)  # batches that every rank has a share of
 
         def until_stopped() -> Iterator[Batch]:
             for number, batch in enumerate(batches):
@@ -208,19 +208,16 @@ class OuterLoop:
         return evaluate(model, until_stopped(), precision=precision, whole_signal=False)
 
 
-def first_samples(
-    batches: Iterator[Batch], limit: int, *, size: int, count: int, rank: int, world: int
-) -> Iterator[Batch]:
-    """A rank's share of the first `limit` samples of an order of `count`, from its batches of the whole of it.
+def first_samples(batches: Iterator[Batch], limit: int, *, size: int, rank: int, world: int) -> Iterator[Batch]:
+    """A rank's share of the first `limit` samples of an order, from its batches of the whole of it.
 
     Args:
-        size: samples of a batch and rank; the last global batch may have fewer, dealt out as `Signals.batches` says.
+        size: samples of a batch and rank, dealt out as `Signals.batches` says.
     """
     for number, batch in enumerate(batches):
-        first = number * size * world
-        begin = first + min(size * world, count - first) * rank // world
-        if begin >= limit:
+        left = limit - number * size * world - rank  # places of the order from this rank's first one on
+        if left <= 0:
             return
-        kept = min(len(batch), limit - begin)
+        kept = min(len(batch), -(-left // world))
         fields = {name: field[:kept] for name, field in vars(batch).items() if field is not None}
         yield Batch(**fields)

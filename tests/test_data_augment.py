@@ -12,7 +12,13 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as v2f
 
-from data_pipes.augment import augment, crop_and_flip, crop_boxes, rotate_crop_flip, warp_coords
+from data_pipes.augment import (
+    augment,
+    crop_and_flip,
+    crop_boxes,
+    rotate_crop_flip,
+    warp_coords,
+)
 from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
 from mwt.observe import observe
@@ -221,3 +227,22 @@ def test_warp_turns_by_the_given_angle() -> None:
         shift=torch.tensor([[0.0, 0.5]]),
     )
     assert torch.allclose(turned[0], torch.tensor([[0.0, 1.5], [-1.0, 0.5]]), atol=1e-6)
+
+
+def test_the_paper_s_paddings_and_ranges() -> None:
+    """The released code's: reflect padding of 4 for small images; 40, 30 degrees and 0.8 to 1 of the area for large."""
+    assert (module.AFFINE_PADDING, module.MAX_DEGREES, module.CROP_AREA) == (40, 30.0, (0.8, 1.0))
+    assert module.POINT_SCALE == (0.9, 1.1)
+    result = augment(image_batch(noise(1, 1, 9, 9)), "crop", seed=0, epoch=0)
+    assert torch.equal(
+        images_of(result), images_of(augment(image_batch(noise(1, 1, 9, 9)), "crop", seed=0, epoch=0, padding=4))
+    )
+
+
+def test_layouts_give_equal_pixels() -> None:
+    """Batches come with the channels of a pixel together; for what is computed that makes no difference."""
+    images = noise(4, 3, 48, 48)
+    together = images.contiguous(memory_format=torch.channels_last)
+    for kind in ("crop_flip", "affine_flip"):
+        one, two = (images_of(augment(image_batch(x), kind, seed=0, epoch=0)) for x in (images, together))
+        assert torch.equal(one, two)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
+import subprocess
+import sys
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -185,3 +189,92 @@ def test_load_image_errors(tmp_path: Path) -> None:
     points = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a",))
     with pytest.raises(InputError, match="the model was made for points, not for images"):
         load_image(tmp_path / "x.png", points)
+
+
+# ---- files made to do harm ---------------------------------------------------------------------------------------
+
+
+def peak_of(action: Any) -> int:
+    """The most memory that Python and NumPy took in an action that is refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError):
+            action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"iTXt"])
+def test_compressed_text_in_a_png_is_bounded(name: bytes) -> None:
+    """100 kB that would become 100 MB."""
+    bomb = zlib.compress(bytes(100_000_000), 9)
+    head = {b"zTXt": b"k\0\0", b"iCCP": b"k\0\0", b"iTXt": b"k\0\1\0\0\0"}[name] + bomb
+    chunk = struct.pack(">I", len(head)) + name + head + struct.pack(">I", zlib.crc32(name + head))
+    data = encode_png(RGB)
+    data = data[:33] + chunk + data[33:]
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(InputError):  # an oversized colour profile is passed over, a text is refused
+            assert torch.equal(decode_image(data, "png", 3, "x"), RGB)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", ["(1000000000000, 4)", "(2, 4)", "(-1, 4)", "(-1, -4)", "(4,)", "(True, 4)"])
+def test_invented_shapes_take_no_memory(shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(16)
+    assert peak_of(lambda: decode_points(data, 1, "x")) < 1_000_000
+
+
+@pytest.mark.parametrize("length", [60_000, 10_000_000])
+def test_long_headers_are_not_evaluated(length: int) -> None:
+    header = ("(" * length).encode()
+    data = b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header
+    with pytest.raises(InputError, match=r"^x cannot be read as npy: "):
+        decode_points(data, 1, "x")
+    with pytest.raises(InputError, match=r"^x cannot be read as npy: "):
+        decode_points(b"\x93NUMPY\x02\x00\xff\xff\xff\xff", 1, "x")
+
+
+@pytest.mark.parametrize("extension", ["pkl", "pyd", "pth", "gif", "json"])
+def test_other_extensions_are_not_looked_at(extension: str) -> None:
+    with pytest.raises(InputError, match=r"^x must hold exactly one of jpeg, jpg, png, webp beside its label"):
+        decode_sample({"cls": b"0", extension: b"\x80\x04cos\nsystem\n."}, FREE, "x")
+
+
+def test_damaged_images_never_end_the_process() -> None:
+    """Random changes of real files, in a process of its own: decoded or refused, whatever they are."""
+    program = """
+import io, sys, time
+import numpy as np
+from PIL import Image
+from data_pipes.decode import decode_image
+from mwt.errors import InputError
+
+source = np.random.default_rng(0)
+files = []
+for kind, extension in (("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")):
+    image = Image.fromarray(source.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((40, 30))
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    files.append((extension, stream.getvalue()))
+refused = 0
+for number in range(1500):
+    extension, data = files[number % 3]
+    changed = bytearray(data)
+    for place in source.integers(0, len(data), size=1 + number % 4):
+        changed[place] = source.integers(256)
+    end = source.integers(1, len(data) + 1) if number % 5 == 0 else None
+    try:
+        decode_image(bytes(changed[:end]), extension, 3, "x")
+    except InputError:
+        refused += 1
+print(refused)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=200,
+                          cwd=Path(__file__).parents[1])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 250 < int(done.stdout) < 1500

@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipes import read
+from data_pipes import read, streaming
 from data_pipes.decode import encode_png
 from data_pipes.parallel import ordered_map, prefetch
-from data_pipes.read import ResidentSplit, Split, StreamingSplit, open_split
+from data_pipes.read import IndexedSplit, ResidentSplit, Split, StreamingSplit, open_split
 from data_pipes.write import Sample, write_dataset
+from mwt.config import ClassifyConfig, load_config
 from mwt.errors import InputError
 from mwt.structs import Batch, SignalFacts
 
@@ -44,13 +45,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("read") / "data", samples)
 
 
-def open_both(folder: Path, **options: Any) -> tuple[Split, Split]:
-    resident = open_split(folder, "train", device=CPU, **options)
-    streaming = open_split(folder, "train", device=CPU, resident_mb=0, **options)
-    assert isinstance(resident, ResidentSplit)
-    assert isinstance(streaming, StreamingSplit)
-    assert (resident.resident, streaming.resident) == (True, False)
-    return resident, streaming
+READERS: dict[str, type[Split]] = {"resident": ResidentSplit, "indexed": IndexedSplit, "stream": StreamingSplit}
+
+
+def open_all(folder: Path, **options: Any) -> list[Split]:
+    splits = [open_split(folder, "train", device=CPU, reader=reader, **options) for reader in READERS]
+    for split, (reader, kind) in zip(splits, READERS.items(), strict=True):
+        assert isinstance(split, kind)
+        assert split.reader == reader
+        assert split.resident == (reader == "resident")
+    return splits
+
+
+def test_the_reader_is_chosen_by_size(folder: Path) -> None:
+    assert open_split(folder, "train", device=CPU).reader == "resident"
+    assert open_split(folder, "train", device=CPU, resident_mb=0).reader == "indexed"
+    assert open_split(folder, "train", device=CPU, resident_mb=0, reader="resident").reader == "resident"
 
 
 def check_content(batch: Batch) -> list[int]:
@@ -70,7 +80,7 @@ def test_all_ranks_together_see_the_global_order(folder: Path, data: st.DataObje
     limit = data.draw(st.sampled_from([None, 1, 7, 22]))
     world, size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
     drop_last, shuffle, start = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(0, 4))
-    for split in open_both(folder, limit=limit, workers=data.draw(st.sampled_from([0, 2]))):
+    for split in open_all(folder, limit=limit, workers=data.draw(st.sampled_from([0, 2]))):
         count = COUNT if limit is None else limit
         assert len(split) == count
         common: dict[str, Any] = {"epoch": 3, "seed": 5, "shuffle": shuffle}
@@ -90,18 +100,15 @@ def test_all_ranks_together_see_the_global_order(folder: Path, data: st.DataObje
             for rank in range(world)
         ]
         for group in groups[start:]:
-            if len(group) == size * world:
-                for rank in range(world):
-                    assert shares[rank].pop(0) == group[rank * size : (rank + 1) * size]
-            else:  # as evenly as it goes, in order
-                last = [shares[rank].pop(0) if shares[rank] else [] for rank in range(world)]
-                assert [position for share in last for position in share] == group
-                assert max(map(len, last)) - min(map(len, last)) <= 1
+            for rank in range(world):
+                if group[rank::world]:  # in an incomplete last batch a rank may have no share
+                    assert shares[rank].pop(0) == group[rank::world]
         assert shares == [[]] * world
+        assert split.dropped(size, world) == count - size * world * (count // (size * world))
 
 
 def test_orders_differ_between_epochs_and_seeds(folder: Path) -> None:
-    for split in open_both(folder):
+    for split in open_all(folder):
         orders = [
             torch.cat([b.positions for b in split.batches(batch_size=5, shuffle=shuffle, seed=seed, epoch=epoch)])
             for shuffle, seed, epoch in [(False, 0, 0), (True, 0, 0), (True, 0, 1), (True, 1, 0), (True, 0, 0)]
@@ -112,22 +119,22 @@ def test_orders_differ_between_epochs_and_seeds(folder: Path) -> None:
 
 
 def test_a_small_buffer_still_shuffles_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "SHUFFLE_BUFFER", 4)
-    _, split = open_both(folder)
+    monkeypatch.setattr(streaming, "SHUFFLE_BUFFER", 4)
+    split = open_split(folder, "train", device=CPU, reader="stream")
     order = [p for b in split.batches(batch_size=4, shuffle=True) for p in check_content(b)]
     assert sorted(order) == list(range(COUNT))
     assert order != sorted(order)
 
 
 def test_keys(folder: Path) -> None:
-    for split in open_both(folder):
+    for split in open_all(folder):
         assert [split.key(position) for position in (0, 9, 22)] == ["00000000", "00000009", "00000022"]
         with pytest.raises(IndexError):
             split.key(COUNT)
 
 
 def test_arguments_that_make_no_sense(folder: Path) -> None:
-    split, _ = open_both(folder)
+    split = open_split(folder, "train", device=CPU)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         split.batches(batch_size=1, rank=2, world=2)
     with pytest.raises(ValueError, match="limit must be at least 1"):
@@ -135,7 +142,7 @@ def test_arguments_that_make_no_sense(folder: Path) -> None:
 
 
 def test_leaving_a_stream_early_ends_its_thread(folder: Path) -> None:
-    _, split = open_both(folder, workers=2)
+    split = open_split(folder, "train", device=CPU, workers=2, reader="indexed")
     batches = split.batches(batch_size=1)
     next(batches)
     assert any(thread.name == "prefetch" for thread in threading.enumerate())
@@ -151,7 +158,7 @@ def test_points(tmp_path: Path) -> None:
         np.save(stream, array)
         samples.append(Sample(extension="npy", data=stream.getvalue(), label=label))
     facts = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a", "b", "c"))
-    for split in open_both(make(tmp_path / "data", samples, facts)):
+    for split in open_all(make(tmp_path / "data", samples, facts)):
         assert split.facts == facts
         batch = next(split.batches(batch_size=3))
         assert batch.images is None
@@ -168,10 +175,11 @@ def test_sizes_that_differ(tmp_path: Path) -> None:
     message = r"Sample 00000002 of shard .*tar has 1 x 3 pixels, others have 1 x 2; .*data_pipes\.prepare folder"
     with pytest.raises(InputError, match=message):
         open_split(folder, "train", device=CPU)
-    streaming = open_split(folder, "train", device=CPU, resident_mb=0)
-    with pytest.raises(InputError, match=message):
-        list(streaming.batches(batch_size=3))
-    assert [len(batch) for batch in streaming.batches(batch_size=1)] == [1, 1, 1]
+    for reader in ("indexed", "stream"):
+        split = open_split(folder, "train", device=CPU, reader=reader)
+        with pytest.raises(InputError, match=message):
+            list(split.batches(batch_size=3))
+        assert [len(batch) for batch in split.batches(batch_size=1)] == [1, 1, 1]
     fixed = SignalFacts(kind="image", channels=1, height=1, width=2, classes=("a",))
     with pytest.raises(InputError, match=r"Sample 00000002 .* has 1 x 3 pixels, but the data set says 1 x 2"):
         open_split(make(tmp_path / "fixed", samples, fixed), "train", device=CPU)
@@ -181,9 +189,9 @@ def test_bad_samples_are_named(tmp_path: Path) -> None:
     good = Sample(extension="png", data=picture(1), label=0)
     folder = make(tmp_path / "data", [good, Sample(extension="png", data=b"no image", label=0)])
     message = r"Sample 00000001 of shard .*train-000000\.tar cannot be read as an image \(PNG\): unknown or damaged"
-    for resident_mb in (0, 1):
+    for reader in READERS:
         with pytest.raises(InputError, match=message):
-            list(open_split(folder, "train", device=CPU, resident_mb=resident_mb).batches(batch_size=1))
+            list(open_split(folder, "train", device=CPU, reader=reader).batches(batch_size=1))
     empty = make(tmp_path / "empty", [])
     with pytest.raises(InputError, match=r"Split 'train' of .*empty has no samples"):
         open_split(empty, "train", device=CPU)
@@ -218,3 +226,25 @@ def test_prefetch_is_bounded_and_passes_errors_on() -> None:
     assert [next(results) for _ in range(4)] == [1, 2, 3, 4]
     with pytest.raises(KeyError, match="the end"):
         next(results)
+
+
+def test_everything_that_a_configuration_says_arrives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"reader": "stream", "resident_mb": 3, "workers": 1, "limit": 9, "on_bad_sample": "skip", "max_bad": 0.5}
+    overrides = [
+        f"data.path={folder}",
+        "data.schemes=[http,pipe]",
+        *(f"data.{key}={value}" for key, value in values.items()),
+    ]
+    data = load_config(ClassifyConfig, None, overrides).data
+    seen: dict[str, Any] = {}
+    opened = read.open_split
+
+    def noted(path: Any, split: str, **options: Any) -> Split:
+        seen.update(options, path=path, split=split)
+        return opened(path, split, **options)
+
+    monkeypatch.setattr(read, "open_split", noted)
+    assert len(read.open_configured(data, "train", CPU)) == 9
+    assert seen == {**values, "path": str(folder), "split": "train", "device": CPU, "schemes": ("http", "pipe")}
+    with pytest.raises(InputError, match=r"data\.max_bad is 2\.0; it must lie in \[0, 1\]"):
+        load_config(ClassifyConfig, None, ["data.max_bad=2"])

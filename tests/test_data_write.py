@@ -153,7 +153,7 @@ def test_folder_of_images_gets_the_command(tmp_path: Path, place: str) -> None:
         ({"splits": {"train": {"count": 2, "shards": []}}}, r"count of split 'train' is not the sum"),
         (
             {"splits": {"t": {"count": 1, "shards": [{"file": "../x", "count": 1, "bytes": 1, "sha256": ""}]}}},
-            r"shard name '\.\./x' is not a plain file name",
+            r"shard name '\.\./x' is neither a plain file name nor a URL",
         ),
     ],
 )

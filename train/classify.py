@@ -174,7 +174,7 @@ def describe(run: OuterLoop, split: Split, example: Batch, *, compiled: bool) ->
     """What is about to happen, in a few lines."""
     config = run.config
     counts = {name: sum(p.numel() for p in params) for name, params in run.model.parameter_groups().items()}
-    kept = "kept on the device" if split.resident else "streamed"
+    kept = {"resident": "kept on the device", "indexed": "read as needed", "stream": "streamed"}[split.reader]
     classes = len(split.facts.classes)
     print(f"data      {config.data.path}: {len(split)} signals in {split.name!r}, {classes} classes, {kept}")
     print(
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
 
-    info = read_info(config.data.path)
+    info = read_info(config.data.path, schemes=config.data.schemes)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=runtime.ACCELERATE_PRECISION[config.run.precision],
@@ -258,6 +258,9 @@ def main(argv: list[str] | None = None) -> int:
         if accelerator.is_main_process:
             describe(run, split, example, compiled=compiled)
         status = train(run, stack.enter_context(StopRequested()))
+    for part in (run.train, run.monitored):
+        if part is not None and (skipped := part.bad.report()):  # each process says what it has come upon
+            print(f"warning: {skipped}", file=sys.stderr)
     if config.run.trackers:
         accelerator.end_training()
     if status == 0 and accelerator.is_main_process:

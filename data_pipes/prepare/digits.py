@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from data_pipes.prepare.source import Request, Source, from_arrays
-from data_pipes.read import ResidentSplit
+from data_pipes.read import open_split
 from data_pipes.schema import read_info
 from mwt.errors import InputError
 
@@ -17,7 +17,7 @@ def load(request: Request) -> Source:
     info = read_info("builtin:digits")
     images, labels = {}, {}
     for split in info.splits:
-        stored = ResidentSplit(info, split, device=torch.device("cpu"))
+        stored = open_split("builtin:digits", split, device=torch.device("cpu"))
         batch = next(stored.batches(batch_size=len(stored)))
         assert batch.images is not None
         images[split], labels[split] = batch.images, batch.labels

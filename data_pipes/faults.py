@@ -1,0 +1,92 @@
+"""Samples that cannot be used: the run ends there, or goes on without them, counts them and says which they were.
+
+What takes the place of a skipped sample:
+
+* In training (`drop_last`) every batch has `batch_size` samples on every process, so that none waits for another. With
+  random access another sample of the split takes the place, drawn from (epoch, position): the same one however many
+  processes and workers there are. In a stream it is the next good sample of the same process.
+* In evaluation nothing does: the batch is shorter by one, a batch without samples is left out, and the metrics are
+  over exactly the good samples, each once; their number is in the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from typing import Literal
+
+from mwt.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["raise", "skip"]
+_NAMED = 5  # samples that the report at the end names
+
+
+class BadSamples:
+    """The bad samples of a split that this process has come upon, each counted once, in whatever epoch.
+
+    Each process counts its own. Safe to be used from several threads.
+    """
+
+    def __init__(self, name: str, count: int, policy: Policy = "raise", max_bad: float = 0.01) -> None:
+        self.policy = policy
+        self.limit = max(1, int(max_bad * count))
+        """The most that are skipped before the run stops."""
+        self._name, self._count, self._share = name, count, max_bad
+        self._found: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def __contains__(self, position: int) -> bool:
+        return position in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, position: int, error: InputError) -> None:
+        """Note that the sample at `position` cannot be used; `error` says which it is, in which shard, and why.
+
+        Raises:
+            InputError: `error` itself under the policy `raise`; or there are too many.
+        """
+        self.add_all((position,), error)
+
+    def add_all(self, positions: Iterable[int], error: InputError) -> None:
+        """The same for several samples that one error makes useless: the rest of a shard that is cut off, say."""
+        if self.policy == "raise":
+            raise error
+        with self._lock:
+            new = [position for position in positions if position not in self._found]
+            self._found |= dict.fromkeys(new, str(error))
+            number = len(self._found)
+        if not new:
+            return
+        if number > self.limit:
+            raise InputError(
+                f"Too many bad samples: {number} of the {self._count} of split {self._name!r}, more than "
+                f"data.max_bad={self._share:g} allows ({self.limit}); the last: {error} "
+                "Check the data with `python -m data_pipes.verify DIR`, or raise data.max_bad."
+            ) from error
+        logger.warning("skipped%s: %s", f" {len(new)} samples" if len(new) > 1 else "", error)
+
+    def add_shard(self, error: InputError) -> None:
+        """Note something wrong with a shard as a whole whose samples can still be tried.
+
+        Raises:
+            InputError: `error` itself under the policy `raise`.
+        """
+        if self.policy == "raise":
+            raise error
+        logger.warning("%s Its samples are used as far as they can be.", error)
+
+    def report(self) -> str:
+        """What was skipped, for the end of a run; empty where nothing was."""
+        with self._lock:
+            found = sorted(self._found.items())
+        if not found:
+            return ""
+        messages = list(dict.fromkeys(message for _, message in found))
+        more = f"\n    … and {len(messages) - _NAMED} more" if len(messages) > _NAMED else ""
+        lines = "".join(f"\n    {message}" for message in messages[:_NAMED])
+        return f"{len(found)} bad samples of the {self._count} of split {self._name!r} were skipped:{lines}{more}"
