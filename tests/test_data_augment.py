@@ -246,3 +246,20 @@ def test_layouts_give_equal_pixels() -> None:
     for kind in ("crop_flip", "affine_flip"):
         one, two = (images_of(augment(image_batch(x), kind, seed=0, epoch=0)) for x in (images, together))
         assert torch.equal(one, two)
+
+
+def test_surfaces_are_scaled_then_jittered() -> None:
+    """Against the released code's order: one factor a shape, then normal noise of 0.01 for each point."""
+    surface = torch.rand(40, 500, 3) * 2 - 1
+    batch = Batch(labels=torch.zeros(40, dtype=torch.int64), positions=torch.arange(40), coords=surface)
+    moved = augment(batch, "points", seed=3, epoch=2)
+    assert moved.coords is not None
+    assert moved.values is None
+    factor = (moved.coords * surface).sum((1, 2)) / surface.square().sum((1, 2))  # least squares
+    assert 0.9 <= factor.min() < 0.93
+    assert 1.07 < factor.max() <= 1.1
+    noise = ((moved.coords - factor[:, None, None] * surface) / 0.01).flatten().numpy()
+    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    alone = augment(batch.to(torch.device("cpu")), "points", seed=3, epoch=2)
+    assert torch.equal(alone.coords, moved.coords)  # type: ignore[arg-type]
+    assert not torch.equal(augment(batch, "points", seed=3, epoch=3).coords, moved.coords)  # type: ignore[arg-type]
