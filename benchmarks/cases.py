@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.measure import parse_list
 from data_pipes.schema import read_info
-from mwt.config import ClassifyConfig, ModelConfig, load_config, model_config
+from mwt.config import ClassifyConfig, ModelConfig, model_config
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.structs import Batch, SignalFacts
 

@@ -26,14 +26,12 @@ import argparse
 import io
 import itertools
 import multiprocessing
-import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from hashlib import md5
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10, ImageFolder, VisionDataset
 from torchvision.transforms.v2 import PILToTensor
 
 from benchmarks import measure
@@ -126,7 +124,7 @@ def make_data(name: str, kind: Kind, folder: Path) -> Data:
         shard_bytes=sum(map(len, files)) // 16,
     )  # fmt: skip
     if name == "cifar":
-        return Data(files=files, shards=folder / "shards", torchvision=partial(cifar10, folder, images, labels))
+        return Data(files=files, shards=folder / "shards", torchvision=partial(cifar10, images, labels))
     for number, (data, label) in enumerate(zip(files, labels, strict=True)):
         path = folder / "tree" / CLASSES[label] / f"{number:06d}.{kind.extension}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,25 +136,12 @@ def make_data(name: str, kind: Kind, folder: Path) -> Data:
     )
 
 
-def cifar10(folder: Path, images: list[np.ndarray], labels: list[int]) -> CIFAR10:
-    """torchvision's CIFAR10 on files of its format that hold these images."""
-    base = folder / "cifar10"
-    base.mkdir(exist_ok=True)
-    rows = np.stack([image.transpose(2, 0, 1).reshape(-1) for image in images])
-    contents = {"batch": {"data": rows, "labels": labels}, "meta": {"label_names": list(CLASSES)}}
-    sums = {}
-    for name, content in contents.items():
-        data = pickle.dumps(content)
-        (base / name).write_bytes(data)
-        sums[name] = md5(data, usedforsecurity=False).hexdigest()
-
-    class Made(CIFAR10):
-        base_folder = base.name
-        train_list = [["batch", sums["batch"]]]  # noqa: RUF012 as torchvision has it
-        test_list: list[list[str]] = []  # noqa: RUF012
-        meta = {"filename": "meta", "key": "label_names", "md5": sums["meta"]}  # noqa: RUF012
-
-    return Made(str(folder), transform=PILToTensor())
+def cifar10(images: list[np.ndarray], labels: list[int]) -> CIFAR10:
+    """torchvision's CIFAR10 with these images, as it holds them once its files are read: an array in memory."""
+    made = CIFAR10.__new__(CIFAR10)
+    VisionDataset.__init__(made, root="", transform=PILToTensor())
+    made.train, made.data, made.targets, made.classes = True, np.stack(images), labels, list(CLASSES)
+    return made
 
 
 # ---- the sides ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from benchmarks import measure
 from benchmarks.cases import Case, parse_signal
 from benchmarks.measure import quotient
 from benchmarks.sides import Ours
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.runtime import run_program
 

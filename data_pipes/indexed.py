@@ -63,6 +63,10 @@ class IndexedSplit(Split):
         index = self._indices[shard]
         return index.name(row) if index is not None and row < len(index) else f"number {row}"
 
+    def locate(self, position: int) -> dict[str, str | int]:  # noqa: D102 inherited
+        index = self._indices[self._place(position)[0]]
+        return super().locate(position) | ({} if index is None else {"key": self.key(position)})
+
     def _rows(self, shares: list[range], epoch: Epoch, *, workers: int) -> Iterator[Row | None]:
         order = self.order(epoch)
         positions = chain.from_iterable(order[share.start : share.stop : share.step].tolist() for share in shares)

@@ -43,6 +43,9 @@ class ResidentSplit(Split):
     def key(self, position: int) -> str:  # noqa: D102 inherited
         return self._source.key(position)
 
+    def locate(self, position: int) -> dict[str, str | int]:  # noqa: D102 inherited
+        return self._source.locate(position)
+
     def _walk(self, shares: list[range], epoch: Epoch) -> Iterator[Batch]:
         order = self._good_order(epoch).to(self.device)
         for share in shares:

@@ -157,6 +157,11 @@ class Split(ABC):
             return torch.arange(len(self))
         return permutation(len(self), seed=epoch.seed, purpose="shuffle", epoch=epoch.number)
 
+    def locate(self, position: int) -> dict[str, str | int]:
+        """Where a sample is, for messages: its shard, its number inside it, and its key where that costs no reading."""
+        shard, number = self._place(position)
+        return {"shard": self._shards[shard].file, "number": number}
+
     def _place(self, position: int) -> tuple[int, int]:
         """The shard of a sample, and its number inside it."""
         if not 0 <= position < len(self):

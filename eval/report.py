@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_pipes.read import Split, open_configured
 from mwt import inspection, plots
-from mwt.config import config_yaml
+from mwt.config_files import config_yaml
 from mwt.page import STYLE, chart, charts, folded, frame, percent, pixels, section, table
 from mwt.runtime import keep_freed_memory, run_program
 from mwt.structs import Batch

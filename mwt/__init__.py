@@ -10,7 +10,8 @@ print(prediction.label, prediction.psnr)
 
 from __future__ import annotations
 
-from mwt.config import ClassifyConfig, ModelConfig, list_variants, load_config
+from mwt.config import ClassifyConfig, ModelConfig, list_variants
+from mwt.config_files import load_config
 from mwt.errors import InputError, TrainingError
 from mwt.model import MetaWeightTransformer, Prediction, list_builtin_models
 from mwt.readers import list_readers

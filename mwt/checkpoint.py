@@ -28,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.runtime import sync, write_json
@@ -116,7 +117,11 @@ def _save(
     final = folder / f"step-{state['step']:08d}"
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = {**state, "groups": groups}
-    if final.name in _pointed_at(folder):  # the tensors of this step are there; what is known about it may be newer
+    pointer = folder / f"{name}.json"
+    if final.name in _pointed_at(folder):
+        # The tensors of this step are there; what is known about it may be newer. The pointer comes first: killed
+        # between the two, a run evaluates once more, and does not take for done what is not.
+        write_json(pointer, {"folder": final.name})
         write_json(final / "state.json", state)
     else:
         shutil.rmtree(final, ignore_errors=True)  # of a run that died before anything pointed at it
@@ -137,7 +142,7 @@ def _save(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync(folder)
-    write_json(folder / f"{name}.json", {"folder": final.name})
+    write_json(pointer, {"folder": final.name})
     sync(folder)  # the pointer lasts before what it pointed at goes
     _remove_unused(folder)
     return final

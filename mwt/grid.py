@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mwt.config import ClassifyConfig, flat, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import flat, load_config
 from mwt.errors import InputError
 from mwt.grid_config import GridConfig, RowsConfig, StageConfig
 

@@ -60,7 +60,8 @@ class Runner:
         """Start a job, or go on with it."""
         place, record = self.folder / job.id, read_record(self.folder, job)
         words = job.arguments(self.folder)
-        if job.resume and (place / job.resume_file).is_file():
+        outdated = record.get("status") == "outdated"  # what it was made from is another now
+        if job.resume and not outdated and (place / job.resume_file).is_file():
             words += job.resume
         elif place.exists():
             shutil.rmtree(place)  # what an interrupted attempt left without a checkpoint

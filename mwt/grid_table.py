@@ -183,7 +183,7 @@ def as_lines(grid: GridConfig, rows: list[Row]) -> list[list[str]]:
                 mean, deviation = row.cell.paper.get(name) or (None, None)
                 line.append(number(mean, deviation, column.decimals))
             line.append(number(row.mean(name), row.deviation(name) if column.average else None, column.decimals))
-        failed, total = len(row.problems), len(row.cell.jobs)
+        failed, total = len({problem.split(":")[0] for problem in row.problems}), len(row.cell.jobs)  # seeds
         done = total - failed - len(row.open)
         state = str(done) if done == total else f"{done} of {total}"
         lines.append([*line, state + (f", {failed} FAILED" if failed else "")])

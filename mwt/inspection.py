@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mwt.checkpoint import Weights, find_checkpoint, load_model
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.evaluation import POINTS_AT_ONCE, Evaluation, autocast, evaluate
 from mwt.inner_loop import fit

@@ -52,7 +52,9 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> 
     norms = []
     for group in optimizer.param_groups:
         parameters = group["params"]
-        norms.append(nn.utils.clip_grad_norm_(parameters, limit).to(parameters[0].device))  # frozen: 0, on the CPU
+        frozen = all(parameter.grad is None for parameter in parameters)
+        norm = parameters[0].new_zeros(()) if frozen else nn.utils.clip_grad_norm_(parameters, limit)
+        norms.append(norm)
     return torch.stack(norms)
 
 

@@ -34,7 +34,7 @@ class Signals(Protocol):
 
     name: str
     bad: Any
-    """Its `report()` is a sentence about samples that could not be used, or None."""
+    """Its `report()` is a sentence about samples that could not be used, or empty."""
 
     def __len__(self) -> int: ...
 
@@ -93,13 +93,19 @@ class OuterLoop:
         """All epochs from where the run stands. Returns whether it came to its end; if not, it is saved where it is."""
         state = self.state
         self._monitor(stop)  # where a run died between an epoch's end and its evaluation
+        if stop.vote(0, self.accelerator.device)[0]:
+            return self._finished
         for epoch in range(state.step // state.steps_per_epoch, self.config.optim.epochs):
             self._epoch(epoch, stop, on_step)
             self._save("last")
             self._monitor(stop)
             if stop.vote(0, self.accelerator.device)[0]:
                 break
-        return state.step == state.total_steps and not self._evaluation_due
+        return self._finished
+
+    @property
+    def _finished(self) -> bool:
+        return self.state.step == self.state.total_steps and not self._evaluation_due
 
     @property
     def _evaluation_due(self) -> bool:
@@ -185,7 +191,7 @@ class OuterLoop:
         self._record(split.name, {k: v for k, v in result.summary().items() if isinstance(v, float | int)})
         summary = chosen_by.summary()
         score = -summary["mse"] if self.config.run.stage == "reconstruction" else summary["accuracy"]
-        if self.may_choose and score > state.best:
+        if self.may_choose and (state.best is None or score > state.best):
             state.best = score
             self._save("best")
         self._save("last")  # the same step, with what the evaluation has added
@@ -195,8 +201,10 @@ class OuterLoop:
         rank = self.accelerator.process_index
         batches = split.batches(batch_size=size, rank=rank, world=world, shuffle=limit is not None, seed=MONITOR_SEED)
         if limit is not None:
-            batches = first_samples(batches, limit, size=size, rank=rank, world=world)
+            batches = share_of_first(batches, limit, size=size, rank=rank, world=world)
         whole = (len(split) if limit is None else limit) // (size * world)  # batches that every rank has a share of
+        if world > 1 and self.config.data.on_bad_sample == "skip":
+            whole = 0  # a rank whose whole share is bad has a batch less; without counting alike no vote is possible
 
         def until_stopped() -> Iterator[Batch]:
             for number, batch in enumerate(batches):
@@ -208,11 +216,12 @@ class OuterLoop:
         return evaluate(model, until_stopped(), precision=precision, whole_signal=False)
 
 
-def first_samples(batches: Iterator[Batch], limit: int, *, size: int, rank: int, world: int) -> Iterator[Batch]:
+def share_of_first(batches: Iterator[Batch], limit: int, *, size: int, rank: int, world: int) -> Iterator[Batch]:
     """A rank's share of the first `limit` samples of an order, from its batches of the whole of it.
 
     Args:
-        size: samples of a batch and rank, dealt out as `Signals.batches` says.
+        size: samples of a batch and rank, dealt out as `Signals.batches` says. Where samples that cannot be used are
+            left out of batches, later ones move up.
     """
     for number, batch in enumerate(batches):
         left = limit - number * size * world - rank  # places of the order from this rank's first one on

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from mwt.checkpoint import SAME_RESULT, check_run_directory
-from mwt.config import ClassifyConfig, config_yaml, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.runtime import environment, sync, write_json, write_text
 
@@ -15,7 +16,7 @@ MAY_CHANGE = {
     "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "monitor_limit",
             "checkpoint_minutes", "eval_batch_size", "trackers", "on_nonfinite", "max_skipped"},
     "optim": {"accumulate"},
-    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers"},
+    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers", "on_bad_sample", "max_bad", "schemes"},
     **SAME_RESULT,
 }  # fmt: skip
 """What a resumed run may set otherwise; everything else would make it another run."""

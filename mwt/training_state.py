@@ -47,7 +47,7 @@ class TrainingState:
     log: MetricsLog | None = None
     """Of the main process alone, which alone writes checkpoints."""
     step: int = 0
-    best: float = -1.0
+    best: float | None = None
     """Accuracy of the checkpoint `best` (of a reconstruction alone: its negative squared error)."""
     monitored_step: int = 0
     """The step of the last evaluation."""
@@ -123,6 +123,13 @@ class TrainingState:
         self._logged = (self.step, time.monotonic())
         if self.may_skip:
             numbers["skipped"] = self.skipped
+        if self.scaler is not None:
+            numbers["loss_scale"] = self.scaler.get_scale()
+            if numbers["loss_scale"] < 1:  # halved at each overflow; single ones are what it is there for
+                raise TrainingError(
+                    f"At step {self.step} the gradients overflow in fp16 however small the loss is scaled. Go on from "
+                    "the last checkpoint with --resume run.precision=bf16 or fp32."
+                )
         return numbers | {
             "images_per_second": (self.step - step) * batch_size / (self._logged[1] - since),
             "seconds": self.seconds,

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 
 import mwt.checkpoint as checkpoint
 from mwt.checkpoint import find_checkpoint, load_model, load_run, resume, save_checkpoint
-from mwt.config import ClassifyConfig, OptimConfig, config_yaml, load_config, model_config
+from mwt.config import ClassifyConfig, OptimConfig, model_config
+from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.optim import make_optimizer

@@ -8,15 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mwt.config import (
-    DEBUG,
-    VARIANTS,
-    ClassifyConfig,
-    config_yaml,
-    list_configs,
-    load_config,
-    model_config,
-)
+from mwt.config import DEBUG, VARIANTS, ClassifyConfig, model_config
+from mwt.config_files import config_yaml, list_configs, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.structs import SignalFacts

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipes.prepare.__main__ import SOURCES
-from mwt.config import VARIANTS, ClassifyConfig, list_configs, load_config
+from mwt.config import VARIANTS, ClassifyConfig
+from mwt.config_files import list_configs, load_config
 
 FOLDER = Path(__file__).parents[1] / "configs" / "classify"
 PATHS = sorted(FOLDER.glob("*.yaml"))

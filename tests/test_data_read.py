@@ -20,7 +20,8 @@ from data_pipes.decode import encode_png
 from data_pipes.parallel import ordered_map, prefetch
 from data_pipes.read import IndexedSplit, ResidentSplit, Split, StreamingSplit, open_split
 from data_pipes.write import Sample, write_dataset
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.structs import Batch, SignalFacts
 

@@ -87,7 +87,8 @@ PROGRAM = """
 import json, sys
 import torch
 from data_pipes.read import open_split
-from mwt.config import ClassifyConfig, load_config, model_config
+from mwt.config import ClassifyConfig, model_config
+from mwt.config_files import load_config
 from mwt.evaluation import evaluate
 from mwt.model import MetaWeightTransformer
 

@@ -21,7 +21,8 @@ from data_pipes.read import StreamingSplit, open_split
 from data_pipes.schema import DatasetInfo, ShardInfo, SplitInfo, read_info
 from data_pipes.split import Epoch
 from data_pipes.write import Sample, write_dataset
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 

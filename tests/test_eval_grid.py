@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from eval import grid as program
-from mwt.config import DEBUG, ClassifyConfig, load_config
+from mwt.config import DEBUG, ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.grid import Cell, expand, published
 from mwt.grid_config import load_grid

@@ -22,7 +22,8 @@ from data_pipes.write import Sample, write_dataset
 from eval import classify, predict, reconstruct, report
 from mwt import inspection, plots
 from mwt.checkpoint import save_checkpoint
-from mwt.config import ClassifyConfig, config_yaml, load_config, model_config
+from mwt.config import ClassifyConfig, model_config
+from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.losses import outer_losses
 from mwt.model import MetaWeightTransformer

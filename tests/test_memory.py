@@ -18,7 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import mwt.memory as memory
 from eval.report import headline
-from mwt.config import ClassifyConfig, ModelConfig, load_config, model_config
+from mwt.config import ClassifyConfig, ModelConfig, model_config
+from mwt.config_files import load_config
 from mwt.evaluation import autocast
 from mwt.memory import LiveTensors, MemoryEstimate, available, estimate, follow_step, peak, readable
 from mwt.model import MetaWeightTransformer
@@ -196,7 +197,8 @@ def test_what_depends_on_the_content_of_tensors_cannot_be_foretold(monkeypatch: 
 
 MEASURE = """
 import resource, sys, torch
-from mwt.config import ClassifyConfig, OptimConfig, load_config, model_config
+from mwt.config import ClassifyConfig, OptimConfig, model_config
+from mwt.config_files import load_config
 from mwt.evaluation import autocast
 from mwt.model import MetaWeightTransformer
 from mwt.optim import make_optimizer

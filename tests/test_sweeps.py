@@ -149,6 +149,7 @@ graphs = counters["stats"]["unique_graphs"]
 for subsets in (False, True):
     gradients(subsets)
 assert counters["stats"]["unique_graphs"] == graphs, "compiled again in a later step"
+model.eval()
 with torch.no_grad():  # evaluation, whose last batch is smaller, does not compile
     for count in (2, 1):
         model(Observations(coords=grid(8, 8), values=torch.rand(count, 64, 1)))

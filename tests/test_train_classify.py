@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 import train.classify as program
 from data_pipes.read import open_split
-from mwt.config import ClassifyConfig, load_config
+from mwt.config import ClassifyConfig
+from mwt.config_files import load_config
 from mwt.errors import InputError, TrainingError
 from mwt.runtime import run_program
 from mwt.tracking import read_metrics

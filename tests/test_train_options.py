@@ -19,7 +19,7 @@ import eval.classify
 import train.classify as program
 from mwt.checkpoint import find_checkpoint
 from mwt.errors import InputError
-from mwt.outer_loop import first_samples
+from mwt.outer_loop import share_of_first
 from mwt.structs import Batch
 from mwt.tracking import read_metrics
 
@@ -184,7 +184,7 @@ def test_a_subset_is_monitored_always_the_same_and_all_at_the_end(
 
 
 @pytest.mark.parametrize(("count", "size", "world"), [(10, 2, 1), (10, 2, 2), (11, 2, 3), (5, 4, 3), (3, 4, 2)])
-def test_the_ranks_share_the_first_samples_of_an_order(count: int, size: int, world: int) -> None:
+def test_the_ranks_share_the_share_of_first_of_an_order(count: int, size: int, world: int) -> None:
     """Against the definition: global batches of an order, dealt out in turn, then cut."""
     order = torch.randperm(count)
     for limit in range(1, count + 1):
@@ -196,6 +196,6 @@ def test_the_ranks_share_the_first_samples_of_an_order(count: int, size: int, wo
                 share = part[rank::world]
                 if len(share):
                     shares.append(Batch(labels=share, positions=share))
-            kept = first_samples(iter(shares), limit, size=size, rank=rank, world=world)
+            kept = share_of_first(iter(shares), limit, size=size, rank=rank, world=world)
             found += [position for batch in kept for position in batch.positions.tolist()]
         assert sorted(found) == sorted(order[:limit].tolist())

@@ -24,17 +24,8 @@ from torch.utils._pytree import tree_leaves
 from data_pipes import parallel
 from data_pipes.augment import augment
 from data_pipes.parallel import copied_ahead
-from mwt.config import (
-    ClassifyConfig,
-    InnerLoopConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ReaderConfig,
-    SirenConfig,
-    config_yaml,
-    load_config,
-)
+from mwt.config import ClassifyConfig, InnerLoopConfig, LossConfig, ModelConfig, OptimConfig, ReaderConfig, SirenConfig
+from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError, TrainingError
 from mwt.evaluation import autocast
 from mwt.losses import outer_losses

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack, closing
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +24,8 @@ from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from mwt import memory, runtime
 from mwt.checkpoint import check_run_directory, has_checkpoint
-from mwt.config import DEBUG, ClassifyConfig, config_yaml, flat, list_configs, load_config, model_config
+from mwt.config import DEBUG, ClassifyConfig, model_config
+from mwt.config_files import config_yaml, flat, list_configs, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
@@ -96,14 +94,6 @@ def prepare_batch(batch: Batch, config: ClassifyConfig, epoch: int) -> Batch:
     return augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding)
 
 
-def locate(split: Split, position: int) -> dict[str, Any]:
-    """Shard and key of a sample."""
-    shards = zip(split.info.shard_paths(split.name), split.info.split(split.name).shards, strict=True)
-    ends = accumulate(shard.count for _, shard in shards)
-    index = next(index for index, end in enumerate(ends) if position < end)
-    return {"shard": str(split.info.shard_paths(split.name)[index]), "key": split.key(position)}
-
-
 def build(
     config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator, *, resuming: bool
 ) -> tuple[OuterLoop, Split, Batch]:
@@ -120,7 +110,7 @@ def build(
     world = accelerator.num_processes
     steps_per_epoch = train.steps(config.data.batch_size // world, drop_last=True, world=world)
     state = TrainingState.begin(model, config, steps_per_epoch=steps_per_epoch, scaler=accelerator.scaler)
-    state.locate = partial(locate, train)
+    state.locate = train.locate
     loop = OuterLoop(
         config=config,
         accelerator=accelerator,

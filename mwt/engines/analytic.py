@@ -155,7 +155,7 @@ def inner_step(
 
 
 def _code(siren: Siren) -> Code:
-    return plain.compiled() if siren.compiled and torch.is_grad_enabled() else plain.PLAIN
+    return plain.compiled() if siren.compiled and siren.training else plain.PLAIN
 
 
 def _sizes(siren: Siren, batch: int, coords: Tensor) -> list[int]:

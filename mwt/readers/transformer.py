@@ -79,7 +79,7 @@ class TransformerReader(nn.Module):
         x = self.embed(x).to(self.base.dtype)
         self._choose_attention(x.device)
         training = torch.is_grad_enabled()
-        run = _compiled_block() if self.compiled and training else _run_block
+        run = _compiled_block() if self.compiled and self.training else _run_block
         for block in self.blocks:
             x = (
                 checkpoint(run, block, x, use_reentrant=False, preserve_rng_state=False)
