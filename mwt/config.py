@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, filled by `mwt.config_files` from YAML and `key=value`, never written to afterwards."""
+"""Configuration: frozen dataclasses, never written to afterwards. `mwt.config_files` fills them from YAML."""
 
 from __future__ import annotations
 
@@ -231,9 +231,9 @@ class RunConfig:
     monitor_limit: int | None = None
     """Evaluate only so many samples of it while training, random but the same each time; all after the last step."""
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """A step whose loss or gradient is not finite updates nothing and is written to RUN/nonfinite. raise: training then
-    stops. skip: it goes on, up to max_skipped such steps. fp16: this is about losses; gradients that overflow are
-    part of loss scaling."""
+    """A step whose loss or gradient is not finite leaves parameters and moments as they are and is written to
+    RUN/nonfinite. raise: training then stops. skip: it goes on, up to max_skipped such steps. fp16: this is about
+    losses; gradients that overflow are part of loss scaling."""
     max_skipped: int = 10
     """Steps of a whole run that on_nonfinite: skip may skip; one more stops it."""
     checkpoint_minutes: float = 5.0
