@@ -103,15 +103,26 @@ def end_with_launcher() -> None:
             ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-COMPILE_PAYS_FROM = {"cpu": 5000, "cuda": 500}
-"""Steps from which torch.compile wins back the half minute and more that it takes."""
+COMPILING_TAKES = 30.0
+"""Seconds, about, until all parts are compiled."""
+COMPILING_SAVES = 0.15e-9
+"""Seconds a step, on a CPU, for each byte that it keeps for its backward pass (docs/performance.md)."""
+COMPILE_PAYS_FROM = 500
+"""Steps from which it pays on a GPU."""
 
 
-def compile_pays(choice: str, device: torch.device, steps: int) -> bool:
-    """Whether to compile `steps` steps: `always`, `never`, or `auto`, where they are enough; only where it can work."""
-    if choice == "never" or (choice == "auto" and steps < COMPILE_PAYS_FROM[device.type]):
+def compile_pays(choice: str, device: torch.device, steps: int, kept: int) -> bool:
+    """Whether to compile `steps` steps: `always`, `never`, or `auto`, where it wins back its time; if it can work.
+
+    Args:
+        kept: bytes that a step keeps for its backward pass (`mwt.memory.estimate`); 0 if that is not known. What
+            compiling saves on a CPU are passes over such tensors.
+    """
+    if choice == "never":
         return False
-    return can_compile(device)
+    on_cpu = device.type == "cpu"
+    pays = steps * kept * COMPILING_SAVES > COMPILING_TAKES if on_cpu else steps >= COMPILE_PAYS_FROM
+    return (choice == "always" or pays) and can_compile(device)
 
 
 class StopRequested:

@@ -139,3 +139,18 @@ def test_the_allocator_setting_works_or_says_no() -> None:
     code = "from mwt.runtime import keep_freed_memory as k; print(k(), k())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout.split() in (["True", "True"], ["False", "False"])
+
+
+def test_what_is_compiled_wins_back_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "can_compile", lambda device: True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def asked(choice: str, device: torch.device, steps: int, kept: int) -> bool:
+        return runtime.compile_pays(choice, device, steps, kept)
+
+    assert [asked("auto", cpu, steps, 1_300_000_000) for steps in (100, 200)] == [False, True]
+    assert [asked("auto", cpu, 1_000_000, kept) for kept in (0, 100, 1_000_000)] == [False, False, True]
+    assert [asked("auto", gpu, steps, 0) for steps in (499, 500)] == [False, True]
+    assert [asked(choice, cpu, 1, 0) for choice in ("never", "always")] == [False, True]
+    monkeypatch.setattr(runtime, "can_compile", lambda device: False)
+    assert not asked("always", cpu, 1, 0)

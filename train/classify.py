@@ -27,6 +27,7 @@ from mwt.checkpoint import check_run_directory, has_checkpoint
 from mwt.config import DEBUG, ClassifyConfig, model_config
 from mwt.config_files import config_yaml, flat, list_configs, load_config
 from mwt.errors import InputError
+from mwt.memory import MemoryEstimate
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
 from mwt.outer_loop import OuterLoop
@@ -160,7 +161,20 @@ def train(run: OuterLoop, stop: StopRequested) -> int:
 # ---- what the program says ---------------------------------------------------------------------------------------
 
 
-def describe(run: OuterLoop, split: Split, example: Batch, *, compiled: bool) -> None:
+def estimate_memory(run: OuterLoop, example: Batch) -> MemoryEstimate | None:
+    """What a step will need in this process."""
+    config = run.config
+    return memory.estimate(
+        run.model.config,
+        example,
+        batch_size=config.data.batch_size // run.accelerator.num_processes // config.optim.accumulate,
+        precision=config.run.precision,
+        device=run.accelerator.device,
+        stage=config.run.stage,
+    )
+
+
+def describe(run: OuterLoop, split: Split, need: MemoryEstimate | None, *, compiled: bool) -> None:
     """What is about to happen, in a few lines."""
     config = run.config
     counts = {name: sum(p.numel() for p in params) for name, params in run.model.parameter_groups().items()}
@@ -181,14 +195,6 @@ def describe(run: OuterLoop, split: Split, example: Batch, *, compiled: bool) ->
     if run.monitored is None:
         print("          no validation split: nothing is evaluated while training, and no `best` is chosen")
     world, device = run.accelerator.num_processes, run.accelerator.device
-    need = memory.estimate(
-        run.model.config,
-        example,
-        batch_size=config.data.batch_size // world // config.optim.accumulate,
-        precision=config.run.precision,
-        device=device,
-        stage=config.run.stage,
-    )
     room = memory.available(device, processes=world)
     print(f"memory    {need.describe(room) if need else 'not known beforehand'}")
     if need and (warning := need.warning(room)):
@@ -239,14 +245,16 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.wait_for_everyone()
         if arguments.resume:
             run.state.restore()
-        compiled = runtime.compile_pays(config.run.compile, device, run.total_steps)
+        need = estimate_memory(run, example)
+        kept = need.activations * config.optim.accumulate if need else 0
+        compiled = runtime.compile_pays(config.run.compile, device, run.total_steps, kept)
         if compiled:
             run.model.compile_parts()
         run.forward, run.optimizer = accelerator.prepare(run.model, run.optimizer)
         if config.run.trackers:
             accelerator.init_trackers("meta-weight-transformer", config=flat(config))
         if accelerator.is_main_process:
-            describe(run, split, example, compiled=compiled)
+            describe(run, split, need, compiled=compiled)
         status = train(run, stack.enter_context(StopRequested()))
     for part in (run.train, run.monitored):
         if part is not None and (skipped := part.bad.report()):  # each process says what it has come upon
