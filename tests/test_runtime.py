@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mwt import runtime
 from mwt.errors import InputError, TrainingError
 from mwt.runtime import StopRequested, can_compile, choose_device, environment, run_program, write_json
 
