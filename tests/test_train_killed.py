@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
 # 40 steps in 4 epochs, an evaluation after each, a checkpoint after every step.
 ARGUMENTS = (
-    "--debug", "data.limit=80", "optim.epochs=4", "data.monitor_split=test", "run.checkpoint_minutes=1e-9",
+    "--debug", "data.limit=80", "optim.epochs=4", "run.checkpoint_minutes=1e-9",
     "data.augment=crop", "data.crop_padding=1", "optim.ema=0.9", "run.eval_batch_size=16",
 )  # fmt: skip
 
@@ -112,6 +113,24 @@ class Undisturbed:
     """Seconds for each step after it."""
 
 
+KINDS = {"at any time": "", "folder": ".step-", "pointer": ".last.json.", "best": ".best.json."}
+"""Of kills: what is being written at the moment."""
+
+
+def validated(folder: Path) -> str:
+    """The digits with their test images as validation split too, on which `best` is chosen."""
+    made = folder / "digits"
+    shutil.copytree(ROOT / "data_pipes" / "builtin" / "digits", made)
+    info = json.loads((made / "dataset.json").read_text())
+    info["splits"]["val"] = info["splits"]["test"]
+    (made / "dataset.json").write_text(json.dumps(info))
+    return f"data.path={made}"
+
+
+def pointed_at(run: Path, name: str) -> str:
+    return str(json.loads((run / "checkpoints" / f"{name}.json").read_text())["folder"])
+
+
 def leave_alone(server: Server, run: Path, arguments: tuple[str, ...]) -> Undisturbed:
     began = time.monotonic()
     server.start(*arguments, f"run.dir={run}")
@@ -163,19 +182,19 @@ def kill_when_writing(run: Path, child: int, prefix: str, patience: float) -> bo
 
 def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, seed: int) -> dict[str, int]:
     """Start, kill, resume, … until it has been killed `kills` times; then let it finish. Counts the kinds of kills."""
-    draw, counts = random.Random(seed), {"at any time": 0, "folder": 0, "pointer": 0, "before any checkpoint": 0}
+    draw, counts = random.Random(seed), dict.fromkeys((*KINDS, "before any checkpoint"), 0)
     killed = 0
     while killed < kills:
         begun = (run / "config.yaml").is_file()
         child = server.start(*(("--resume",) if begun else plain.arguments), f"run.dir={run}")
-        kind = ("at any time", "folder", "pointer")[killed % 3]
+        kind = list(KINDS)[killed % len(KINDS)]
         if kind == "at any time":
             time.sleep(draw.uniform(0, plain.start + 4 * plain.step))
             os.kill(child, signal.SIGKILL)
             hit = True
         else:
             time.sleep(plain.start + draw.uniform(0, 2) * plain.step)
-            hit = kill_when_writing(run, child, {"folder": ".step-", "pointer": ".last.json."}[kind], 4 * plain.step)
+            hit = kill_when_writing(run, child, KINDS[kind], (12 if kind == "best" else 4) * plain.step)
         status = server.status()
         assert status in (-signal.SIGKILL, 0), server.errors()[-3000:]
         if status == 0:
@@ -193,12 +212,13 @@ def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, see
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
+    assert pointed_at(run, "best") == pointed_at(plain.run, "best")
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
     return counts
 
 
 def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
-    plain = leave_alone(server, tmp_path / "undisturbed", ARGUMENTS)
+    plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, validated(tmp_path)))
     assert len(lines(plain.run)) == 44
     kill_often(server, tmp_path / "run", plain, kills=3, seed=1)
 
@@ -206,9 +226,9 @@ def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: 
 @pytest.mark.slow
 def test_killed_two_dozen_times_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
     """At random moments, and at the very moment a checkpoint or the pointer to it is being written."""
-    plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, "optim.epochs=10"))
+    plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, validated(tmp_path), "optim.epochs=10"))
     counts = kill_often(server, tmp_path / "run", plain, kills=24, seed=2)
-    assert min(counts["folder"], counts["pointer"]) >= 2, counts
+    assert min(counts["folder"], counts["pointer"], counts["best"]) >= 2, counts
 
 
 def test_killed_before_anything_is_there_it_can_be_started_or_resumed(tmp_path: Path, server: Server) -> None:
