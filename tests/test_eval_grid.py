@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -193,6 +194,31 @@ def test_what_was_removed_is_made_again_and_what_came_of_it_too(toys: Path) -> N
         "Rate: 0.3, seed 1: judge",
     }
     assert table(toys)["Rate", "0.3"]["percent_seed1"] == "2.0"
+
+
+def test_what_could_be_resumed_begins_anew_where_what_it_was_made_from_is_another(toys: Path) -> None:
+    """Resumed, it would return at once with what it made of the old one."""
+    change(
+        toys,
+        "  judge: {program",
+        """  later:
+    program: toy
+    overrides: ["run.seed={seed}", "run.dir={dir}", "from={make}"]
+    resume: [--resume]
+    resume_file: state.json
+  judge: {program""",
+    )
+    assert run(toys) == 0
+    records = job_records(toys)
+    jobs = toys.parent / "out" / "jobs"
+    later = jobs / records["Rate: 0.3, seed 1: later"]["id"]
+    (later / "of the old one").touch()
+    shutil.rmtree(jobs / records["Rate: 0.3, seed 1: make"]["id"])
+    assert run(toys) == 0
+    record = job_records(toys)["Rate: 0.3, seed 1: later"]
+    assert (record["status"], record["attempts"]) == ("done", 2)
+    assert "--resume" not in record["command"]
+    assert not (later / "of the old one").exists()
 
 
 def test_a_failure_stands_in_the_table_and_does_not_stop_the_others(

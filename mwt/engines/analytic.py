@@ -158,11 +158,13 @@ def _code(siren: Siren) -> Code:
     return plain.compiled() if siren.compiled and siren.training else plain.PLAIN
 
 
-def _sizes(siren: Siren, batch: int, coords: Tensor) -> list[int]:
+def _sizes(siren: Siren, observations: Observations) -> list[int]:
     """How many signals are fitted together; equal numbers if possible, for each other one is compiled for itself."""
+    batch, coords, index = len(observations.values), observations.coords, observations.index
     if coords.device.type != "cpu":
         return [batch]
-    largest = coords.shape[-2] * siren.hidden * _dtype(coords).itemsize
+    points = coords.shape[-2] if index is None else index.shape[-1]
+    largest = points * siren.hidden * _dtype(coords).itemsize
     parts = min(batch, -(-batch * largest // PART_BYTES), MOST_PARTS)
     return [batch * (i + 1) // parts - batch * i // parts for i in range(parts)]
 
@@ -181,7 +183,7 @@ def fit_analytic(field: Field, alpha: MetaSGD, observations: Observations, steps
         raise InputError(f"inner_loop.optimizer={options.optimizer} needs inner_loop.engine=higher, not analytic.")
     siren, base = field, _layers(field.base())
     rates = [_layers(siren.unflatten(alpha.rates(step)[0])) for step in range(steps)]
-    sizes = _sizes(siren, len(observations.values), observations.at(steps)[0])
+    sizes = _sizes(siren, observations)
     begun: list[Layers] | None = None
     losses = []
     if observations.coords.ndim == 2 and observations.index is None:  # the one step that is cheaper for all at once
