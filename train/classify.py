@@ -181,6 +181,9 @@ def describe(run: OuterLoop, split: Split, need: MemoryEstimate | None, *, compi
     kept = {"resident": "kept on the device", "indexed": "read as needed", "stream": "streamed"}[split.reader]
     classes = len(split.facts.classes)
     print(f"data      {config.data.path}: {len(split)} signals in {split.name!r}, {classes} classes, {kept}")
+    world = run.accelerator.num_processes
+    if left := split.dropped(config.data.batch_size // world, world):
+        print(f"          {left} of them, others each time, fill no batch and are left out of an epoch")
     print(
         f"model     {config.variant}: {counts['siren'] + counts['alpha']:,} parameters in SIREN and alpha, "
         f"{counts['reader']:,} in the reader"
@@ -194,7 +197,7 @@ def describe(run: OuterLoop, split: Split, need: MemoryEstimate | None, *, compi
         print(f"stage     {config.run.stage}: {' and '.join(LEARNS[config.run.stage])} learn{begun}")
     if run.monitored is None:
         print("          no validation split: nothing is evaluated while training, and no `best` is chosen")
-    world, device = run.accelerator.num_processes, run.accelerator.device
+    device = run.accelerator.device
     room = memory.available(device, processes=world)
     print(f"memory    {need.describe(room) if need else 'not known beforehand'}")
     if need and (warning := need.warning(room)):
