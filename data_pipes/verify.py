@@ -47,7 +47,7 @@ def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
             report.faults.append(f"Shard {path} has another sha256 than recorded.")
     found = 0
     try:
-        for sample in iterate_shard(path, None):
+        for sample in iterate_shard(path):
             found += 1
             key = sample["__key__"]
             try:

@@ -64,7 +64,7 @@ def test_folder_with_splits_keeps_bytes(tmp_path: Path, capsys: pytest.CaptureFi
     info = read_info(tmp_path / "out")
     assert (info.name, info.classes, info.channels, info.height, info.width) == ("pets", ("cat", "dog"), 3, 4, 6)
     assert {name: split.count for name, split in info.splits.items()} == {"train": 8, "test": 6}
-    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar", 8))
+    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar"))
     assert samples[0]["png"] == (src / "train" / "cat" / "0.png").read_bytes()
     assert samples[3]["jpg"] == (src / "train" / "cat" / "deep" / "x.JPEG").read_bytes()
     batch = everything(tmp_path / "out", "train")

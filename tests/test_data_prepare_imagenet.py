@@ -73,7 +73,7 @@ def test_imagenette(tmp_path: Path) -> None:
     assert (info.name, info.channels, info.height, info.width) == ("imagenette", 3, 320, 320)
     assert info.classes == tuple(names[0] for names in imagenette.READER._WNID_TO_CLASS.values())
     assert {split: part.count for split, part in info.splits.items()} == {"train": 30, "val": 10}
-    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar", None))
+    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar"))
     stored = Image.open(io.BytesIO(samples[0]["jpg"]))
     assert (stored.format, stored.size) == ("JPEG", (320, 320))
     assert [layer[1:3] for layer in stored.layer] == [(1, 1)] * 3, "chroma is at full resolution"
@@ -97,7 +97,7 @@ def test_squash_and_crop_are_those_of_torchvision(tmp_path: Path) -> None:
         assert batch.images is not None
         found = batch.images[batch.labels == 0][0].permute(1, 2, 0).int().numpy()
         assert np.abs(found - np.array(expected, dtype=int)).max() <= 2
-        assert "png" in next(iterate_shard(out / "val-000000.tar", None))
+        assert "png" in next(iterate_shard(out / "val-000000.tar"))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (33, 47), (20, 20)])
