@@ -54,7 +54,10 @@ def shown(address: str) -> str:
 
 def joined(base: str, name: str) -> str:
     """The address of the file `name` in the folder `base`, whose query (a signature) is kept."""
-    parts = urllib.parse.urlsplit(base)
+    try:
+        parts = urllib.parse.urlsplit(base)
+    except ValueError as error:
+        raise InputError(f"{shown(base)} cannot be opened: it is no valid address.") from error
     return urllib.parse.urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"))
 
 

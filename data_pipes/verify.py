@@ -108,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--workers is {options.workers}; it cannot be negative.")
     for shard in (shard for split in info.splits.values() for shard in split.shards):
         if isinstance(source := info.source(shard), str):
-            raise InputError(f"Only local shards can be verified, but {shown(source)} is not; copy the data here first.")
+            raise InputError(
+                f"Only local shards can be verified, but {shown(source)} is not; copy the data here first."
+            )
     workers = options.workers
     if workers is None:
         size = sum(shard.bytes for split in info.splits.values() for shard in split.shards)

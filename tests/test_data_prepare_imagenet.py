@@ -162,6 +162,42 @@ def test_imagenette_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [path.name for path in archive.parent.iterdir()] == ["imagenette2.tgz"], "the source is left as it is"
 
 
+def test_imagenette_in_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = imagenette_tree(tmp_path / "src")
+    (src / "imagenette2").rename(src / "imagenette2-320")
+    hidden = src / "imagenette2-320" / "train" / "n01440764" / "._n01440764_0.JPEG"
+    hidden.write_bytes(b"no image")  # as macOS leaves them
+    for number, given in enumerate((src, src / "imagenette2-320")):
+        run("imagenette", "--src", given, "--out", tmp_path / f"out{number}", "--size", 20)
+        assert "Note: imagenette2-320 was resized before" in capsys.readouterr().out
+        assert read_info(tmp_path / f"out{number}").splits["train"].count == 30
+    (src / "imagenette2-320").rename(src / "imagenette2-160")
+    (src / "imagenette2-160.tgz").touch()
+    for given in (src, src / "imagenette2-160", src / "imagenette2-160.tgz"):
+        with pytest.raises(InputError, match=r"^imagenette2-160 \(--src\) has images of 160 pixels, too small"):
+            run("imagenette", "--src", given, "--out", tmp_path / "x")
+
+
+def test_an_interrupted_download_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither half an archive nor half of its files is taken for the whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = tmp_path / "cache" / "meta-weight-transformer" / "imagenette"
+    src = imagenette_tree(tmp_path / "src")
+    archive = tmp_path / "imagenette2.tgz"
+    subprocess.run(["tar", "czf", archive, "-C", src, "imagenette2"], check=True)
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": (archive.as_uri(), md5)})
+    place(cache / "imagenette2.tgz", archive.read_bytes()[:1000])
+    place(cache / "imagenette2" / "train" / "n01440764" / "x.JPEG", b"half")
+    place(cache / "unpacked" / md5 / "imagenette2" / "train" / "n01440764" / "n01440764_0.JPEG", b"half")
+    run("imagenette", "--out", tmp_path / "out", "--size", 20)
+    run("imagenette", "--src", src, "--out", tmp_path / "expected", "--size", 20)
+    assert read_info(tmp_path / "out").splits == read_info(tmp_path / "expected").splits
+    archive.unlink()
+    (cache / "imagenette2.tgz").unlink()
+    run("imagenette", "--out", tmp_path / "again", "--size", 20)  # unpacked once, nothing is fetched
+
+
 def test_imagenette_that_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = imagenette_tree(tmp_path / "src")
     val = src / "imagenette2" / "val"

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -212,6 +214,14 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
             InputError, match=rf"was begun with other arguments or files \({named}\)\. Give those again"
         ):
             prepare(src, out, *options)
+    elsewhere = tmp_path / "elsewhere" / src.name  # files of the same names
+    shutil.copytree(src, elsewhere)
+    with pytest.raises(InputError, match=r"other arguments or files \(src\)"):
+        prepare(elsewhere, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL, "__version__", "0.1")
+        with pytest.raises(InputError, match=r"other arguments or files \(version of Pillow\)"):
+            prepare(src, out)
     extra = src / "train" / "a" / "more.png"
     extra.write_bytes((src / "train" / "a" / "000.png").read_bytes())
     try:
@@ -227,6 +237,31 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
         prepare(src, out)
     (partial_folder(out) / "progress.json").write_text("{")
     with pytest.raises(InputError, match=r"progress\.json cannot be read; remove .*partial to begin anew"):
+        prepare(src, out)
+
+
+def test_what_is_kept_is_said_whenever_it_is(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a command that goes on fails before it has finished one more; not where it is refused."""
+    out = tmp_path / "out"
+    said = f"2 finished shards are kept in {partial_folder(out)}; the same command goes on from there.\n"
+    for count in (20, 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prepare(src, out)
+        assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="other arguments"):
+        prepare(src, out, "--seed", "1")
+    assert "finished shards" not in capsys.readouterr().err
+
+    def spoil(self: object, sample: object) -> object:
+        (partial_folder(out) / "progress.json").write_text("{")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(write.TarWriter, "write", spoil)
+    with pytest.raises(ZeroDivisionError):  # not what is wrong with the journal
         prepare(src, out)
 
 

@@ -25,6 +25,9 @@ from mwt.structs import SignalFacts
 FACTS = SignalFacts(kind="image", channels=1, height=2, width=3, classes=("a", "b"))
 
 
+TWICE = {"count": 1, "shards": [{"file": "x.tar", "count": 1, "bytes": 1, "sha256": ""}]}
+
+
 def picture(value: int) -> bytes:
     return encode_png(torch.full((1, 2, 3), value, dtype=torch.uint8))
 
@@ -172,6 +175,10 @@ def test_folder_of_images_gets_the_command(tmp_path: Path, place: str) -> None:
             {"splits": {"t": {"count": 1, "shards": [{"file": "../x", "count": 1, "bytes": 1, "sha256": ""}]}}},
             r"shard name '\.\./x' is neither a plain file name nor a URL",
         ),
+        ({"splits": {"a": TWICE, "b": TWICE}}, r"lists x\.tar twice; each shard belongs to one place of one split"),
+        ({"classes": []}, r"'classes' is empty; there must be one at least"),
+        ({"channels": 0}, r"'channels' is 0; it must be positive"),
+        ({"height": -3}, r"'height' is -3; it must be positive"),
     ],
 )
 def test_unusable_dataset_json(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -180,9 +187,10 @@ def test_unusable_dataset_json(tmp_path: Path, change: dict[str, object], messag
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(InputError, match=message):
         read_info(tmp_path / "data")
-    file.write_text("{")
-    with pytest.raises(InputError, match=r"dataset\.json cannot be read as JSON"):
-        read_info(tmp_path / "data")
+    for text in ("{", "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"dataset\.json cannot be read as JSON"):
+            read_info(tmp_path / "data")
 
 
 def test_unknown_split_and_damaged_shards(tmp_path: Path) -> None:
