@@ -4,8 +4,8 @@ What takes the place of a skipped sample:
 
 * In training (`drop_last`) every batch has `batch_size` samples on every process, so that none waits for another. With
   random access another sample of the split takes the place, drawn from (seed, epoch, position): the same one however many
-  processes and workers there are. In a stream it is the next good sample of the same process, or at the end of an epoch the
-  last; a run that goes on where only bad ones are left of a process' epoch is refused.
+  processes and workers there are. In a stream it is the next good sample of the same process, or at the end of an
+  epoch the last; a run that goes on where only bad ones are left of a process' epoch is refused.
 * In evaluation nothing does: the batch is shorter by one, a batch without samples is left out, and the metrics are
   over exactly the good samples, each once; their number is in the result.
 """
@@ -28,7 +28,8 @@ _NAMED = 5  # samples, and shards, that the report at the end names
 class BadSamples:
     """The bad samples of a split that this process has come upon, each counted once, in whatever epoch.
 
-    Each process counts its own, holds `max_bad` against them alone, and reports them. Safe to be used from several threads.
+    Each process counts its own, holds `max_bad` against them alone, and reports them.
+    Safe to be used from several threads.
     """
 
     def __init__(self, name: str, count: int, policy: Policy = "raise", max_bad: float = 0.01) -> None:

@@ -1,15 +1,15 @@
 """Where the samples of a local shard lie: an index beside the tar, so that any sample is one read.
 
 The index of `NAME.tar` is `NAME.tar.index`, a safetensors file: for each sample its key, the kind, place, length and
-CRC-32 of its signal, and its label as it is written. `data_pipes.prepare` makes it with the shard. For a shard that came
-without one it is made when that is first opened, in one pass over the whole file (SHA-256 and CRC-32 of what is read
-once: about a second per gigabyte and thread, or as fast as the disk), written beside it under another name first and
-then renamed, or kept in memory where the folder cannot be written to.
+CRC-32 of its signal, and its label as it is written. `data_pipes.prepare` makes it with the shard. For a shard without
+one it is made when that is first opened, in one pass over the whole file (SHA-256 and CRC-32 of what is read once:
+about a second per gigabyte and thread, or as fast as the disk), written beside it under another name first and then
+renamed, or kept in memory where the folder cannot be written to.
 
 It is used only where it was made of the bytes that dataset.json records (SHA-256), for a file of this size and this
-time of modification (a copy that does not keep the time is gone through again), and is itself unchanged (its own
-SHA-256); otherwise the shard is gone through again. So changed bytes are noticed when a shard is opened,
-and those that change unseen (a failing disk) when they are read, by their CRC-32: about 1 per cent of decoding a JPEG.
+time of modification (a copy that does not keep it is gone through again), and is itself unchanged (its own SHA-256);
+otherwise the shard is gone through again. So changed bytes are noticed when a shard is opened, and
+those that change unseen (a failing disk) when they are read, by their CRC-32: about 1 per cent of decoding a JPEG.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from mwt.errors import InputError
 RETRIES = 4
 """How often a broken connection is opened again, after 1, 2, 4, … seconds."""
 _BETWEEN_MARKS = MAX_MEMBER_BYTES + MAX_HEADER_BYTES
+_MAX_EMPTY = 100  # reads at the end; tarfile goes on for ever where a header says that a file is 10^26 bytes long
 _DAMAGE = (DamagedTarError, tarfile.TarError, OSError, ValueError, EOFError, AssertionError, HTTPException)
 _BROKEN = (TimeoutError, ConnectionError, HTTPException)
 
@@ -98,12 +99,15 @@ class _Counted:
     def __init__(self, stream: ByteStream, limit: int | None) -> None:
         self._stream, self._limit = stream, limit
         self._digest = hashlib.sha256()
-        self.count = self._marked = 0
+        self.count = self._marked = self._empty = 0
 
     def read(self, size: int = -1) -> bytes:
         """As of any stream."""
         data = self._stream.read(size)
         self.count += len(data)
+        self._empty += not data
+        if self._empty > _MAX_EMPTY:
+            raise tarfile.ReadError("it ends within a sample; it is cut off")
         if self._limit is not None and self.count > self._limit:
             raise tarfile.ReadError(f"it has more than the {self._limit} bytes that dataset.json records")
         if self.count > self._marked + _BETWEEN_MARKS:

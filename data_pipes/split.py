@@ -225,7 +225,7 @@ def check_one_size(first: Tensor, row: Row) -> None:
         )
     if signal.shape[1] != first.shape[1]:
         raise InputError(
-            f"{where} has {signal.shape[1]} numbers for each point, others have {first.shape[1]}; surfaces (x, y, z) and "
-            "points with values do not go together. Prepare them as data sets of their own."
+            f"{where} has {signal.shape[1]} numbers for each point, others have {first.shape[1]}; surfaces (x, y, z) "
+            "and points with values do not go together. Prepare them as data sets of their own."
         )
     raise InputError(f"{where} has {signal.shape[0]} points, others have {first.shape[0]}; a batch needs equally many.")

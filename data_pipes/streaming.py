@@ -42,10 +42,11 @@ class StreamingSplit(Split):
     buffer of `SHUFFLE_BUFFER` / lanes. A process reads the lanes of its own places alone where `world` divides their
     number; otherwise it reads more, and passes over what belongs to others without decoding it.
 
-    Limits: of `lanes` places in a row, each is of another lane, so samples of one lane (neighbours in a shard, say) share
-    a batch less often than by chance, and never one of at most `lanes` samples that begins at a multiple of it. (If
-    lanes took turns at random, a process would have to read those of others.) Samples that lie more than a buffer apart in a shard do not meet in an order other than theirs; data that
-    is sorted by class should be shuffled when it is prepared. A lane that begins or ends within a shard reads it from
+    Limits: of `lanes` places in a row, each is of another lane, so samples of one lane (neighbours in a shard, say)
+    share a batch less often than by chance, and never one of at most `lanes` samples that begins at a multiple of it.
+    (If lanes took turns at random, a process would have to read those of others.) Samples that lie more than a buffer
+    apart in a shard do not meet in an order other than theirs; data that is sorted by class should be shuffled when it
+    is prepared (`data_pipes.prepare` does). A lane that begins or ends within a shard reads it from
     its beginning. Not shuffled, there is one lane, which every process reads. To begin in the middle of an epoch,
     shards before it are passed over, and the first one's samples before it are read again. All of this random access
     (`IndexedSplit`) does not have. A shard's SHA-256 is compared when it has been read to its end.
@@ -175,8 +176,8 @@ class StreamingSplit(Split):
         if missing and last is None:
             # An uninterrupted run would take the last good one, which one that goes on here has not read.
             raise InputError(
-                f"Split {self.name!r} of {self.info.folder} has too few samples that can be used: none of the {missing} "
-                f"that are left of epoch {epoch.number} for this process. Mend the data, or go on from an earlier "
+                f"Split {self.name!r} of {self.info.folder} has too few samples that can be used: none of the "
+                f"{missing} that are left of epoch {epoch.number} for this process. Mend the data, or go on from an earlier "
                 "checkpoint."
             )
         yield from [last] * missing if last is not None else []

@@ -166,6 +166,11 @@ def _other_members(file: HashedFile, place: int, size: int) -> Iterator[tuple[st
                     yield checked_name(member.name), place, member.size
                 headers.left = MAX_HEADER_BYTES
                 tar.members = []  # type: ignore[attr-defined]  # the list would hold every member
+            # tarfile takes a bad header for the end
+            file.seek(tar.offset)
+            rest = file.read(_BLOCK)
+            if tar.offset < place or rest.count(0) != len(rest):
+                raise DamagedTarError("a header that is no tar header")
     except _ERRORS as error:
         raise DamagedTarError(str(error) or "a header that is no tar header") from error
 

@@ -38,8 +38,8 @@ def ask(
 def distances(queries: Float[Tensor, "B Q 3"], surface: Float[Tensor, "B N 3"]) -> Float[Tensor, "B Q"]:
     """Euclidean distance of every query to the nearest of its signal's surface points, in float32.
 
-    By a k-d tree on the CPU, in as many threads as torch uses, which does not change the result; on other devices by all differences, a part at a time. No expansion of the square: near
-    the surface it would lose most of the digits.
+    By a k-d tree on the CPU, in as many threads as torch uses, which does not change the result; on other devices by
+    all differences, a part at a time. No expansion of the square: near the surface it would lose most of the digits.
     """
     if queries.device.type == "cpu":
         pairs = zip(queries.numpy(), surface.numpy(), strict=True)

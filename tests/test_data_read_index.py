@@ -165,7 +165,7 @@ def test_the_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Hash, places and CRC-32s come out of one pass, but for a little around headers of tarfile's."""
     for kind in FORMATS:
         path = tmp_path / f"{kind}.tar"
-        shard = write_tar(path, [("ü" * 60 + ".cls", b"1"), *pairs(50, 20_000)], kind)
+        shard = write_tar(path, [("ü" * (40 if kind == "ustar" else 60) + ".cls", b"1"), *pairs(50, 20_000)], kind)
         read = []
 
         class Noted:
@@ -177,7 +177,7 @@ def test_the_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 return data  # type: ignore[no-any-return]
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "HashedFile", lambda file: HashedFile(Noted(file)))  # type: ignore[arg-type]  # noqa: B023
+            patch.setattr(module, "HashedFile", lambda file: HashedFile(Noted(file)))  # type: ignore[arg-type]
             assert open_index(path, shard).fault is None
         assert shard.bytes <= sum(read) < 1.1 * shard.bytes
 
@@ -262,11 +262,11 @@ def limited(path: Path) -> tuple[list[str], str]:
     """Names of the samples of a damaged file, and what is said of it; by index and by stream alike."""
     index = open_index(path, recorded(path, 1), keep=False)
     assert index.fault is not None
-    names = []
-    with pytest.raises(InputError, match=r"x\.tar is damaged after \d samples: ") as raised:
-        for sample in stream_shard(path, recorded(path, 1)):
-            names.append(sample["__key__"])
     assert "is damaged after" in index.fault
+    samples: list[Any] = []
+    with pytest.raises(InputError, match=r"x\.tar is damaged after \d samples: ") as raised:
+        samples.extend(stream_shard(path, recorded(path, 1)))
+    names = [sample["__key__"] for sample in samples]
     return names, f"{index.fault} {raised.value}"
 
 
@@ -279,15 +279,15 @@ HUGE = [b"77777777777", b"\x80" + b"\0" * 7 + b"\x7f\xff\xff\xff", b"\x80" + b"\
 def test_sizes_that_cannot_be(tmp_path: Path, size: bytes, kind: bytes) -> None:
     """A negative size leads back to what was read: without end (CVE-2025-8194). One bigger than the file ends it."""
     path = tmp_path / "x.tar"
-    good = header(b"a.png", b"1") + b"7".ljust(512, b"\0")
-    path.write_bytes(good * 3 + header(b"b.png", size, kind) + good + bytes(1024))
+    good = [header(name + b".png", b"1") + b"7".ljust(512, b"\0") for name in (b"a", b"c", b"d")]
+    path.write_bytes(good[0] + good[1] + header(b"b.png", size, kind) + good[2] + bytes(1024))
     with time_limit(10):
         index = open_index(path, recorded(path, 1), keep=False)
-        assert len(index) <= 2
+        assert len(index) <= 4
         stream: list[Any] = []
         with contextlib.suppress(InputError):  # tarfile takes some for the end of the archive
             stream += stream_shard(path, recorded(path, 1))
-    assert len(stream) <= 2
+    assert len(stream) <= 4
     if kind in b"05":
         assert index.fault is not None
 

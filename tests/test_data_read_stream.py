@@ -47,7 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """Serves a folder on this machine; /elsewhere is at `redirect`; `cut` ends the next answers to GET early; `seen` are the paths asked for."""
+    """Serves a folder on this machine; `cut` ends the next answers to GET early; `seen` are the paths asked for.
+
+    /elsewhere/dataset.json leads to `redirect`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[str] = []

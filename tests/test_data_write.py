@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipes import index, write
+from data_pipes import index as indices
+from data_pipes import write
 from data_pipes.decode import encode_png
 from data_pipes.read import open_split
 from data_pipes.schema import DatasetInfo, list_builtin, read_info
@@ -77,14 +78,14 @@ def test_a_shard_comes_with_its_index(tmp_path: Path, monkeypatch: pytest.Monkey
     made = {path: path.read_bytes() for path in (tmp_path / "data").glob("*.index")}
     assert len(made) == 4
     with monkeypatch.context() as patch:
-        patch.setattr(index, "_scan", lambda *_: pytest.fail("the tar was gone through again"))
+        patch.setattr(indices, "_scan", lambda *_: pytest.fail("the tar was gone through again"))
         for shard in info.split("train").shards:
-            index.open_index(tmp_path / "data" / shard.file, shard)
+            indices.open_index(tmp_path / "data" / shard.file, shard)
     for path in made:
         path.unlink()
     for split in info.splits.values():
         for shard in split.shards:
-            index.open_index(tmp_path / "data" / shard.file, shard)
+            indices.open_index(tmp_path / "data" / shard.file, shard)
     assert {path: path.read_bytes() for path in (tmp_path / "data").glob("*.index")} == made
 
 

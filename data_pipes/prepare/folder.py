@@ -26,7 +26,8 @@ _Images = list[tuple[Path, int]]  # file, class
 def load(request: Request) -> Source:
     """The images of a folder, classes in alphabetical order, at any depth below their class folder.
 
-    They are stored in a fixed random order. Without `size`, PNG, JPEG and WebP files keep their own bytes; everything else becomes PNG.
+    They are stored in a fixed random order.
+    Without `size`, PNG, JPEG and WebP files keep their own bytes; everything else becomes PNG.
 
     Raises:
         InputError: no images, empty or differing class folders, a file that cannot be decoded (named), or a fraction
