@@ -3,9 +3,9 @@
 What takes the place of a skipped sample:
 
 * In training (`drop_last`) every batch has `batch_size` samples on every process, so that none waits for another. With
-  random access another sample of the split takes the place, drawn from (seed, epoch, position): the same one however many
-  processes and workers there are. In a stream it is the next good sample of the same process, or at the end of an
-  epoch the last; a run that goes on where only bad ones are left of a process' epoch is refused.
+  random access another sample of the split takes the place, drawn from (seed, epoch, position): the same one however
+  many processes and workers there are. In a stream it is the next good sample of the same process, or at the end of an
+  epoch the last; a run that goes on where a process has only bad ones left of an epoch is refused.
 * In evaluation nothing does: the batch is shorter by one, a batch without samples is left out, and the metrics are
   over exactly the good samples, each once; their number is in the result.
 """
