@@ -177,7 +177,7 @@ class StreamingSplit(Split):
             # An uninterrupted run would take the last good one, which one that goes on here has not read.
             raise InputError(
                 f"Split {self.name!r} of {self.info.folder} has too few samples that can be used: none "
-                f"of the {missing} that are left of epoch {epoch.number} for this process. Mend the data, or go on from "
+                f"of the {missing} left of epoch {epoch.number} for this process. Mend the data, or go on from "
                 "an earlier checkpoint."
             )
         yield from [last] * missing if last is not None else []

@@ -171,7 +171,7 @@ def test_going_on_where_a_stream_has_only_bad_samples_left(tmp_path: Path) -> No
     options = {"batch_size": 2, "drop_last": True}
     assert [batch.positions.tolist() for batch in opened(folder, "stream").batches(**options)][-1] == [21, 21]  # type: ignore[arg-type]
     with pytest.raises(
-        InputError, match=r"none of the 2 that are left of epoch 0 for this process\. Mend the data, or"
+        InputError, match=r"none of the 2 left of epoch 0 for this process\. Mend the data, or"
     ):
         list(opened(folder, "stream").batches(**options, start=11))  # type: ignore[arg-type]
     assert next(opened(folder, "stream").batches(**options, start=10)).positions.tolist() == [20, 21]  # type: ignore[arg-type]
