@@ -160,6 +160,8 @@ class _Work:
                 raise InputError(f"{path} is not as it was finished; remove {self.folder} to begin anew.")
         self.shards = shards
         (self.folder / _DATA).mkdir(exist_ok=True)
+        for half in (self.folder / _DATA).glob(".*"):  # an index that was being written
+            half.unlink()
         self._note()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

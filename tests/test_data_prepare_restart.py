@@ -198,6 +198,7 @@ def test_full_disk(
             prepare(src, out)
     assert capsys.readouterr().err == "", "one sentence is enough"
     assert sorted(path.name for path in partial_folder(out).iterdir()) == ["data", "lock", "progress.json"]
+    (partial_folder(out) / "data" / ".train-000002.tar.index.partial-1").write_bytes(b"half of it")
     prepare(src, out)
     assert content(out) == whole
 
