@@ -6,6 +6,9 @@ import hashlib
 import io
 import subprocess
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
 
@@ -186,14 +189,22 @@ def test_an_interrupted_download_is_begun_anew(tmp_path: Path, monkeypatch: pyte
     archive = tmp_path / "imagenette2.tgz"
     subprocess.run(["tar", "czf", archive, "-C", src, "imagenette2"], check=True)
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": (archive.as_uri(), md5)})
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": (url, md5)})
     place(cache / "imagenette2.tgz", archive.read_bytes()[:1000])
     place(cache / "imagenette2" / "train" / "n01440764" / "x.JPEG", b"half")
     place(cache / "unpacked" / md5 / "imagenette2" / "train" / "n01440764" / "n01440764_0.JPEG", b"half")
     run("imagenette", "--out", tmp_path / "out", "--size", 20)
+    server.shutdown()
+    server.server_close()
+    thread.join()
     run("imagenette", "--src", src, "--out", tmp_path / "expected", "--size", 20)
     assert read_info(tmp_path / "out").splits == read_info(tmp_path / "expected").splits
-    archive.unlink()
     (cache / "imagenette2.tgz").unlink()
     run("imagenette", "--out", tmp_path / "again", "--size", 20)  # unpacked once, nothing is fetched
 

@@ -23,6 +23,7 @@ from PIL import Image
 from data_pipes import write
 from data_pipes.index import INDEX_SUFFIX
 from data_pipes.prepare.__main__ import main
+from data_pipes.prepare.source import stored_order
 from data_pipes.schema import read_info
 from data_pipes.shards import iterate_shard
 from data_pipes.write import finished_shards, partial_folder
@@ -297,13 +298,14 @@ def test_a_corrupted_image_is_named_and_mended(
     src: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    bad = src / "train" / "b" / "030.png"
+    files = [src / "train" / name / f"{index:03d}.png" for name in "ab" for index in range(COUNT // 3)]
+    bad = stored_order(files, "train")[60]
     data = bad.read_bytes()
     stream = io.BytesIO()
     Image.open(io.BytesIO(data)).save(stream, "JPEG")
     bad.write_bytes(stream.getvalue()[:-200])  # its header, which is looked at before all work, is in order
     try:
-        with pytest.raises(InputError, match=r"train/b/030\.png cannot be decoded: "):
+        with pytest.raises(InputError, match=rf"train/{bad.parent.name}/{bad.stem}\.png cannot be decoded: "):
             prepare(src, out, "--workers", "2")
     finally:
         bad.write_bytes(data)

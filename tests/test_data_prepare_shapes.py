@@ -185,7 +185,7 @@ def test_a_mesh_in_both_splits_is_found(tmp_path: Path) -> None:
     """Under another name and written otherwise, but with the same corners and faces."""
     src = write_tree(tmp_path / "src")
     text = (src / "ModelNet40" / "box" / "train" / "box_0001.off").read_text()
-    (src / "ModelNet40" / "box" / "test" / "box_0123.off").write_text("OFF # a copy\n" + text.removeprefix("OFF\n"))
+    (src / "ModelNet40" / "box" / "test" / "box_0123.off").write_text("OFF # a copy\n" + text.removeprefix("OFF"))
     prepare("--src", src, "--out", tmp_path / "out")
     with pytest.raises(InputError, match=r"^1 faults in .*:\nSample .* \(test\) is the same signal as .* \(train\)\.$"):
         verify([str(tmp_path / "out")])

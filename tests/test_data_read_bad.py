@@ -170,9 +170,7 @@ def test_going_on_where_a_stream_has_only_bad_samples_left(tmp_path: Path) -> No
     folder = make(tmp_path / "data", {22: b"?", 23: b"?"})
     options = {"batch_size": 2, "drop_last": True}
     assert [batch.positions.tolist() for batch in opened(folder, "stream").batches(**options)][-1] == [21, 21]  # type: ignore[arg-type]
-    with pytest.raises(
-        InputError, match=r"none of the 2 left of epoch 0 for this process\. Mend the data, or"
-    ):
+    with pytest.raises(InputError, match=r"none of the 2 left of epoch 0 for this process\. Mend the data, or"):
         list(opened(folder, "stream").batches(**options, start=11))  # type: ignore[arg-type]
     assert next(opened(folder, "stream").batches(**options, start=10)).positions.tolist() == [20, 21]  # type: ignore[arg-type]
 
