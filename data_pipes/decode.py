@@ -28,6 +28,8 @@ _KNOWN_INFO = {
     "PNG": {"dpi", "gamma", "srgb"},
 }
 """What a file may say about its image without changing how it is seen; neither EXIF nor transparency is among it."""
+MAX_LABEL_BYTES = 8
+"""A label with its line break; a longer one is refused unread."""
 MAX_PIXELS = 2**26
 """Images above 67 megapixels are refused before they are decompressed."""
 
@@ -118,16 +120,36 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def decode_image(data: bytes, extension: str, channels: int, where: str) -> UInt8[Tensor, "C h w"]:
-    """The pixels of one stored image: `extension` one of `IMAGE_FORMATS`, `channels` 1 or 3.
+def decode_image(
+    data: bytes, extension: str, channels: int, where: str, size: tuple[int | None, int | None] = (None, None)
+) -> UInt8[Tensor, "C h w"]:
+    """The pixels of one stored image: `extension` one of `IMAGE_FORMATS`, `channels` 1 or 3, `size` the (height,
+    width) that it must have, as far as they are known.
 
     In memory the channels lie together, as decoders give them: a permuted [h, w, C].
 
     Raises:
-        InputError: names `where`.
+        InputError: names `where`. Of a size that cannot be right, before anything is decompressed.
     """
     with open_image(io.BytesIO(data), where, formats=(IMAGE_FORMATS[extension],)) as image:
-        return image_to_tensor(image, channels, where)
+        stored = (image.height, image.width)
+        if not (_fits(stored, size) or _fits(stored[::-1], size)):  # EXIF may turn it, which only its end may say
+            raise _another_size(stored, size, where)
+        tensor = image_to_tensor(image, channels, where)
+    if not _fits((tensor.shape[1], tensor.shape[2]), size):
+        raise _another_size((tensor.shape[1], tensor.shape[2]), size, where)
+    return tensor
+
+
+def _fits(found: tuple[int, int], size: tuple[int | None, int | None]) -> bool:
+    return all(wanted in (None, there) for there, wanted in zip(found, size, strict=True))
+
+
+def _another_size(found: tuple[int, int], size: tuple[int | None, int | None], where: str) -> InputError:
+    expected = [wanted or there for there, wanted in zip(found, size, strict=True)]
+    return InputError(
+        f"{where} has {found[0]} x {found[1]} pixels, but the data set says {expected[0]} x {expected[1]}."
+    )
 
 
 def decode_points(data: bytes, channels: int, where: str) -> Float[Tensor, "N D_plus_C"]:
@@ -180,8 +202,8 @@ def decode_label(data: bytes, classes: int, where: str) -> int:
     Raises:
         InputError: names `where`.
     """
-    text = data.decode("ascii", errors="replace").strip()
-    if not text.isdecimal() or int(text) >= classes:
+    text = data[: MAX_LABEL_BYTES + 1].decode("ascii", errors="replace").strip()
+    if len(data) > MAX_LABEL_BYTES or not text.isdecimal() or int(text) >= classes:
         raise InputError(f"{where}: label {text[:40]!r} is not a class number in 0 … {classes - 1}.")
     return int(text)
 
@@ -220,14 +242,7 @@ def decode_signal(data: bytes, extension: str, facts: SignalFacts, where: str) -
         raise InputError(f"{where} must hold exactly one of {', '.join(known_extensions(facts))} beside its label.")
     if facts.kind == "points":
         return decode_points(data, facts.channels, where)
-    image = decode_image(data, extension, facts.channels, where)
-    expected = (facts.height or image.shape[1], facts.width or image.shape[2])
-    if image.shape[1:] != expected:
-        raise InputError(
-            f"{where} has {image.shape[1]} x {image.shape[2]} pixels, "
-            f"but the data set says {expected[0]} x {expected[1]}."
-        )
-    return image
+    return decode_image(data, extension, facts.channels, where, size=(facts.height, facts.width))
 
 
 def resize(image: UInt8[Tensor, "C h w"], height: int, width: int) -> UInt8[Tensor, "C h2 w2"]:

@@ -3,8 +3,9 @@
 What takes the place of a skipped sample:
 
 * In training (`drop_last`) every batch has `batch_size` samples on every process, so that none waits for another. With
-  random access another sample of the split takes the place, drawn from (epoch, position): the same one however many
-  processes and workers there are. In a stream it is the next good sample of the same process.
+  random access another sample of the split takes the place, drawn from (seed, epoch, position): the same one however
+  many processes and workers there are. In a stream it is the next good sample of the same process, or at the end of an
+  epoch the last; a run that goes on where a process has only bad ones left of an epoch is refused.
 * In evaluation nothing does: the batch is shorter by one, a batch without samples is left out, and the metrics are
   over exactly the good samples, each once; their number is in the result.
 """
@@ -21,13 +22,14 @@ from mwt.errors import InputError
 logger = logging.getLogger(__name__)
 
 Policy = Literal["raise", "skip"]
-_NAMED = 5  # samples that the report at the end names
+_NAMED = 5  # samples, and shards, that the report at the end names
 
 
 class BadSamples:
     """The bad samples of a split that this process has come upon, each counted once, in whatever epoch.
 
-    Each process counts its own. Safe to be used from several threads.
+    Each process counts its own, holds `max_bad` against them alone, and reports them.
+    Safe to be used from several threads.
     """
 
     def __init__(self, name: str, count: int, policy: Policy = "raise", max_bad: float = 0.01) -> None:
@@ -36,6 +38,7 @@ class BadSamples:
         """The most that are skipped before the run stops."""
         self._name, self._count, self._share = name, count, max_bad
         self._found: dict[int, str] = {}
+        self._shards: dict[str, None] = {}
         self._lock = threading.Lock()
 
     def __contains__(self, position: int) -> bool:
@@ -78,15 +81,25 @@ class BadSamples:
         """
         if self.policy == "raise":
             raise error
-        logger.warning("%s Its samples are used as far as they can be.", error)
+        with self._lock:
+            known = str(error) in self._shards
+            self._shards[str(error)] = None
+        if not known:
+            logger.warning("%s Its samples are used as far as they can be.", error)
 
     def report(self) -> str:
-        """What was skipped, for the end of a run; empty where nothing was."""
+        """What was skipped, and which shards have faults, for the end of a run; empty where there is nothing to say."""
         with self._lock:
-            found = sorted(self._found.items())
-        if not found:
-            return ""
+            found, shards = sorted(self._found.items()), list(self._shards)
         messages = list(dict.fromkeys(message for _, message in found))
-        more = f"\n    … and {len(messages) - _NAMED} more" if len(messages) > _NAMED else ""
-        lines = "".join(f"\n    {message}" for message in messages[:_NAMED])
-        return f"{len(found)} bad samples of the {self._count} of split {self._name!r} were skipped:{lines}{more}"
+        parts = [
+            f"{len(found)} bad samples of the {self._count} of split {self._name!r} were skipped:{_listed(messages)}",
+            f"{len(shards)} shards of split {self._name!r} are at fault; their samples were used as far as they could "
+            f"be:{_listed(shards)}",
+        ]
+        return "\n".join(part for part, of in zip(parts, (found, shards), strict=True) if of)
+
+
+def _listed(messages: list[str]) -> str:
+    more = f"\n    … and {len(messages) - _NAMED} more" if len(messages) > _NAMED else ""
+    return "".join(f"\n    {message}" for message in messages[:_NAMED]) + more

@@ -1,22 +1,22 @@
 """Where the samples of a local shard lie: an index beside the tar, so that any sample is one read.
 
 The index of `NAME.tar` is `NAME.tar.index`, a safetensors file: for each sample its key, the kind, place, length and
-CRC-32 of its signal, and its label as it is written. It is made when the shard is first opened, in one pass over the
-whole file (SHA-256 and CRC-32: about a second per gigabyte and thread, or as fast as the disk), written beside it under
-another name first and then renamed, or kept in memory where the folder cannot be written to.
+CRC-32 of its signal, and its label as it is written. `data_pipes.prepare` makes it with the shard. For a shard without
+one it is made when that is first opened, in one pass over the whole file (SHA-256 and CRC-32 of what is read once:
+about a second per gigabyte and thread, or as fast as the disk), written beside it under another name first and then
+renamed, or kept in memory where the folder cannot be written to.
 
 It is used only where it was made of the bytes that dataset.json records (SHA-256), for a file of this size and this
-time of modification; otherwise the shard is gone through again. So changed bytes are noticed when a shard is opened,
-and those that change unseen (a failing disk) when they are read, by their CRC-32: about 1 per cent of decoding a JPEG.
+time of modification (a copy that does not keep it is gone through again), and is itself unchanged (its own SHA-256);
+otherwise the shard is gone through again. So changed bytes are noticed when a shard is opened, and
+those that change unseen (a failing disk) when they are read, by their CRC-32: about 1 per cent of decoding a JPEG.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,16 +27,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from data_pipes.decode import EXTENSIONS
+from data_pipes.decode import EXTENSIONS, MAX_LABEL_BYTES
 from data_pipes.schema import ShardInfo
+from data_pipes.tar import DamagedTarError, HashedFile, members
 from mwt.errors import InputError
 
 INDEX_SUFFIX = ".index"
-_VERSION = "1"
-_BLOCK = tarfile.BLOCKSIZE
+_VERSION = "2"
+_BUFFER = 2**18
 _KINDS = ("", *EXTENSIONS)  # "" is a sample without exactly one signal
-_ARRAYS = {"key": "S", "kind": "u1", "offset": "i8", "size": "i8", "crc": "u4", "label": "S8"}
-_LABEL_BYTES = 8
+_ARRAYS = {"key": "S", "kind": "u1", "offset": "i8", "size": "i8", "crc": "u4", "label": f"S{MAX_LABEL_BYTES}"}
 _AGAIN = "Copy or prepare the data again."
 
 
@@ -80,15 +80,14 @@ def open_index(path: Path, shard: ShardInfo, *, keep: bool = True) -> ShardIndex
         InputError: the shard cannot be read at all. Whatever else is wrong with it stands in `fault`.
     """
     try:
-        with open(path, "rb") as file, _alone(file):
+        with open(path, "rb", buffering=_BUFFER) as file, _alone(file):
             state = os.fstat(file.fileno())
-            proof = {
-                "version": _VERSION, "kinds": ",".join(_KINDS), "sha256": shard.sha256,
-                "bytes": str(state.st_size), "mtime": str(state.st_mtime_ns),
-            }  # fmt: skip
+            proof = _proof(shard.sha256, state)
             if (found := _read(path, proof)) is not None:
                 return found
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            hashed = HashedFile(file)
+            columns, damage = _scan(hashed, path, state.st_size)
+            digest = hashed.hexdigest()
             if digest != shard.sha256:
                 why = f" and {state.st_size} bytes, not {shard.bytes}" if state.st_size != shard.bytes else ""
                 fault = f"Shard {path} has another sha256 than dataset.json records{why}"
@@ -96,7 +95,6 @@ def open_index(path: Path, shard: ShardInfo, *, keep: bool = True) -> ShardIndex
                 found = _read(path, {key: proof[key] for key in ("version", "kinds", "sha256")})
                 if found is not None:
                     return replace(found, fault=f"{fault}. {_AGAIN}")
-            columns, damage = _scan(file, path, state.st_size)
     except OSError as error:
         raise InputError(f"Shard {path} cannot be read ({error.strerror or error}). {_AGAIN}") from error
     faults = [*([fault] if digest != shard.sha256 else []), *([damage] if damage else [])]
@@ -106,18 +104,39 @@ def open_index(path: Path, shard: ShardInfo, *, keep: bool = True) -> ShardIndex
     return index
 
 
+def begin_index(finished: Path, path: Path) -> str:
+    """Goes through a shard that was just written, and writes the index of it for when it is called `path`.
+
+    Returns:
+        Its SHA-256, which comes with it.
+    """
+    with open(finished, "rb", buffering=_BUFFER) as file:
+        state = os.fstat(file.fileno())
+        hashed = HashedFile(file)
+        columns, damage = _scan(hashed, finished, state.st_size)
+        digest = hashed.hexdigest()
+    if damage is None:
+        _write(ShardIndex(path=path, **columns), _proof(digest, state))
+    return digest
+
+
+def _proof(sha256: str, state: os.stat_result) -> dict[str, str]:
+    return {
+        "version": _VERSION, "kinds": ",".join(_KINDS), "sha256": sha256,
+        "bytes": str(state.st_size), "mtime": str(state.st_mtime_ns),
+    }  # fmt: skip
+
+
 # ---- through the tar, once ---------------------------------------------------------------------------------------
 
 
-def _scan(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any], str | None]:
+def _scan(file: HashedFile, path: Path, size: int) -> tuple[dict[str, Any], str | None]:
     """Every sample of a tar: the arrays of its index, and what is wrong with it."""
     columns: dict[str, list[Any]] = {name: [] for name in _ARRAYS}
     fault = None
     last = None
     try:
-        for name, offset, length in _members(file, size):
-            if name.startswith("/") or ".." in PurePosixPath(name).parts:
-                raise _DamagedTarError(f"it holds {name!r}, which leads out of the folder")
+        for name, offset, length in members(file, size):
             stem, _, extension = PurePosixPath(name).name.partition(".")  # as webdataset parts them
             if not stem or not extension:
                 continue
@@ -136,68 +155,14 @@ def _scan(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, Any], str | 
                 ):
                     columns[column].append(empty)
             if extension == "cls":
-                columns["label"][-1] = data if len(data) <= _LABEL_BYTES else b"too long"
+                columns["label"][-1] = data if len(data) <= MAX_LABEL_BYTES else b"too long"
             elif extension in EXTENSIONS:
                 several = columns["size"][-1] > 0
                 columns["kind"][-1] = 0 if several else _KINDS.index(extension)
                 columns["offset"][-1], columns["size"][-1], columns["crc"][-1] = offset, length, zlib.crc32(data)
-    except _DamagedTarError as error:
+    except DamagedTarError as error:
         fault = f"Shard {path} is damaged after {len(columns['key'])} samples: {error.args[0]}"
     return {name: np.array(column, _ARRAYS[name]) for name, column in columns.items()}, fault
-
-
-class _DamagedTarError(Exception):
-    """Nothing after this place can be read."""
-
-
-def _members(file: BinaryIO, size: int) -> Iterator[tuple[str, int, int]]:
-    """Name, place and length of every regular file in a tar; links and other kinds are passed over.
-
-    Plain headers, which is what `data_pipes.write` makes, are read here: the standard library takes five times as long
-    for them. From the first header of another kind on, that does it.
-    """
-    place = 0
-    while True:
-        file.seek(place)
-        header = file.read(_BLOCK)
-        if not header and place <= size:
-            return
-        if len(header) < _BLOCK:
-            raise _DamagedTarError("it ends within a header; it is cut off, or not fully copied")
-        if header.count(0) == _BLOCK:
-            return
-        plain = header[156:157] in (b"0", b"\0", b"5") and header[124:125] < b"\x80"
-        if not plain:
-            break
-        try:
-            length = int(header[124:136].rstrip(b" \0") or b"0", 8)
-            checked = int(header[148:156].rstrip(b" \0") or b"0", 8)
-        except ValueError:
-            raise _DamagedTarError("a header that is no tar header") from None
-        if checked != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise _DamagedTarError("a header with a wrong checksum")
-        if place + _BLOCK + length > size:
-            raise _DamagedTarError("it ends within a sample; it is cut off, or not fully copied")
-        name = header[:100].split(b"\0", 1)[0]
-        prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
-        if header[156:157] != b"5":
-            yield (prefix + b"/" + name if prefix else name).decode("utf-8", "replace"), place + _BLOCK, length
-        place += _BLOCK + -(-length // _BLOCK) * _BLOCK
-    yield from _other_members(file, place, size)
-
-
-def _other_members(file: BinaryIO, place: int, size: int) -> Iterator[tuple[str, int, int]]:
-    file.seek(place)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    if member.offset_data + member.size > size:
-                        raise _DamagedTarError("it ends within a sample; it is cut off, or not fully copied")
-                    yield member.name, member.offset_data, member.size
-                tar.members = []  # type: ignore[attr-defined]  # the list would hold every member
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise _DamagedTarError(str(error) or "a header that is no tar header") from error
 
 
 # ---- the file beside it ------------------------------------------------------------------------------------------
@@ -206,7 +171,9 @@ def _other_members(file: BinaryIO, place: int, size: int) -> Iterator[tuple[str,
 @contextlib.contextmanager
 def _alone(file: BinaryIO) -> Iterator[None]:
     """While one process makes an index, others wait; where a file system has no locks, they do it all at once."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ImportError):  # no such locks on Windows
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX)  # ends when the file is closed
     yield
 
@@ -218,11 +185,23 @@ def _write(index: ShardIndex, proof: dict[str, str]) -> None:
     target = index.path.with_name(index.path.name + INDEX_SUFFIX)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.write_bytes(save(arrays, metadata=proof))
+        with open(partial, "wb") as file:
+            file.write(save(arrays, metadata={**proof, "digest": _digest(arrays)}))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
         partial.replace(target)
     except OSError:  # a folder that cannot be written to, a full disk: the index in memory does
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of the arrays as they are stored."""
+    digest = hashlib.sha256()
+    for name in _ARRAYS:
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path, proof: dict[str, str]) -> ShardIndex | None:
@@ -233,11 +212,14 @@ def _read(path: Path, proof: dict[str, str]) -> ShardIndex | None:
             if any(said.get(key) != value for key, value in proof.items()):
                 return None
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        if said["digest"] != _digest(arrays):  # of labels and places nothing else would notice a change
+            return None
+        size = int(said["bytes"])
         for name in ("key", "label"):
             arrays[name] = np.ascontiguousarray(arrays[name]).view(f"S{arrays[name].shape[1]}")[:, 0]
     except (OSError, ValueError, KeyError, IndexError, SafetensorError):
         return None
-    index, count, size = ShardIndex(path=path, **arrays), len(arrays["key"]), int(said["bytes"])
+    index, count = ShardIndex(path=path, **arrays), len(arrays["key"])
     good = (
         all(array.shape == (count,) for array in arrays.values())
         and all(arrays[name].dtype == kind for name, kind in _ARRAYS.items() if name != "key")

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import closing
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from typing import Any, Protocol, cast, runtime_checkable
 
 from webdataset.gopen import gopen
@@ -45,13 +45,19 @@ def shown(address: str) -> str:
     """An address as messages may show it: without password and query, where signatures and tokens stand."""
     if scheme_of(address) == "pipe":
         return address
-    parts = urllib.parse.urlsplit(address)
+    try:
+        parts = urllib.parse.urlsplit(address)
+    except ValueError:  # http://[
+        return f"{scheme_of(address)}:…"
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def joined(base: str, name: str) -> str:
     """The address of the file `name` in the folder `base`, whose query (a signature) is kept."""
-    parts = urllib.parse.urlsplit(base)
+    try:
+        parts = urllib.parse.urlsplit(base)
+    except ValueError as error:
+        raise InputError(f"{shown(base)} cannot be opened: it is no valid address.") from error
     return urllib.parse.urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{urllib.parse.quote(name)}"))
 
 
@@ -71,6 +77,18 @@ def check_scheme(address: str, schemes: tuple[str, ...]) -> str:
     return scheme
 
 
+class _Redirections(urllib.request.HTTPRedirectHandler):
+    """Follows a server to addresses that the configuration allows, and no others."""
+
+    def __init__(self, schemes: tuple[str, ...]) -> None:
+        self._schemes = schemes
+
+    def redirect_request(self, request: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """As of the base class."""
+        check_scheme(newurl, self._schemes)
+        return super().redirect_request(request, fp, code, msg, headers, newurl)
+
+
 def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> ByteStream:
     """A stream of the bytes at a URL: http(s) by the standard library, `pipe:` by webdataset, others by fsspec.
 
@@ -83,8 +101,8 @@ def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> ByteStrea
         return cast(ByteStream, gopen(address))
     if scheme in ("http", "https"):
         try:
-            # A redirection leads to http, https or ftp only.
-            return cast(ByteStream, urllib.request.urlopen(address, timeout=TIMEOUT))
+            opener = urllib.request.build_opener(_Redirections(schemes))
+            return cast(ByteStream, opener.open(address, timeout=TIMEOUT))
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (408, 425, 429) or error.code >= 500:
@@ -92,6 +110,12 @@ def open_url(address: str, schemes: tuple[str, ...] = SAFE_SCHEMES) -> ByteStrea
             raise InputError(
                 f"{shown(address)} cannot be read: the server answered {error.code} {error.reason}."
             ) from error
+        except (InvalidURL, ValueError) as error:  # what they say may show a token
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{shown(address)} cannot be opened: it is no valid address.") from error
+        except HTTPException as error:
+            raise OSError(f"the server gave no proper answer ({type(error).__name__})") from error
     return _open_by_fsspec(address, scheme)
 
 

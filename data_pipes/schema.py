@@ -154,7 +154,7 @@ def read_info(path: str | Path, *, schemes: tuple[str, ...] = SAFE_SCHEMES) -> D
         raise InputError(_why_no_info(folder))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read as JSON: {error}.") from error
     return _parse(content, file)
 
@@ -163,7 +163,7 @@ def _read_remote(url: str, schemes: tuple[str, ...]) -> DatasetInfo:
     file = joined(url, INFO_FILE)
     try:
         content = json.loads(fetch(file, schemes))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{shown(file)} cannot be read as JSON: {error}.") from error
@@ -232,6 +232,14 @@ def _parse(content: Any, file: Path) -> DatasetInfo:
         splits[name] = SplitInfo(count=need(entry, "count", int), shards=shards)
         if splits[name].count != sum(item.count for item in shards):
             raise InputError(f"{file}: the count of split {name!r} is not the sum of its shards' counts.")
+    files = [item.file for part in splits.values() for item in part.shards]
+    if twice := sorted({name for name in files if files.count(name) > 1} if len(set(files)) < len(files) else ()):
+        raise InputError(f"{file} lists {shown(twice[0])} twice; each shard belongs to one place of one split.")
+    if not need(content, "classes", list):
+        raise InputError(f"{file}: 'classes' is empty; there must be one at least.")
+    for key in ("channels", "height", "width"):
+        if (value := content.get(key)) is not None and isinstance(value, int) and value < 1:
+            raise InputError(f"{file}: {key!r} is {value}; it must be positive.")
     none = type(None)
     return DatasetInfo(
         schema=schema, name=need(content, "name", str), signal=cast(Literal["image", "points"], signal),

@@ -8,41 +8,41 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from data_pipes.remote import ByteStream, open_url, shown
 from data_pipes.schema import ShardInfo
+from data_pipes.tar import MAX_HEADER_BYTES, MAX_MEMBER_BYTES, DamagedTarError, streamed_files
 from mwt.config import SAFE_SCHEMES
 from mwt.errors import InputError
 
 RETRIES = 4
 """How often a broken connection is opened again, after 1, 2, 4, … seconds."""
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-_DAMAGE = (tarfile.TarError, OSError, ValueError, EOFError, AssertionError, HTTPException)
+_BETWEEN_MARKS = MAX_MEMBER_BYTES + MAX_HEADER_BYTES
+_MAX_EMPTY = 100  # reads at the end; tarfile goes on for ever where a header says that a file is 10^26 bytes long
+_DAMAGE = (DamagedTarError, tarfile.TarError, OSError, ValueError, EOFError, AssertionError, HTTPException)
 _BROKEN = (TimeoutError, ConnectionError, HTTPException)
 
 
-def iterate_shard(path: Path, count: int | None) -> Iterator[dict[str, Any]]:
-    """The first `count` samples of a shard (None: all) as webdataset gives them: `{"__key__": str, EXTENSION: bytes}`.
+def iterate_shard(path: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as webdataset gives them: `{"__key__": str, EXTENSION: bytes}`.
 
     Raises:
-        InputError: the file is no whole tar file, holds fewer than `count` samples, or a name that leads out of it.
+        InputError: the file is no whole tar file, or holds a name that leads out of it.
     """
     found = 0
     with open(path, "rb") as file:
         samples = _samples(str(path), _Counted(file, None))
-        while count is None or found < count:
+        while True:
             try:
                 sample = next(samples, None)
             except _DAMAGE as error:
                 raise _damaged(str(path), found, error) from error
             if sample is None:
-                if count is None:
-                    return
-                raise InputError(f"Shard {path} holds {found} samples, not the {count} that dataset.json records.")
+                return
             found += 1
             yield sample
 
@@ -94,24 +94,31 @@ def _open(source: Path | str, schemes: tuple[str, ...]) -> ByteStream:
 
 
 class _Counted:
-    """A stream that counts and hashes what is read from it, refuses compressed data, and ends where it should."""
+    """A stream that counts and hashes what is read from it, ends where it should, and gives no endless members."""
 
     def __init__(self, stream: ByteStream, limit: int | None) -> None:
         self._stream, self._limit = stream, limit
         self._digest = hashlib.sha256()
-        self.count = 0
+        self.count = self._marked = self._empty = 0
 
     def read(self, size: int = -1) -> bytes:
         """As of any stream."""
         data = self._stream.read(size)
-        if self.count == 0 and data.startswith(_COMPRESSED):
-            raise ValueError("it is compressed, which could hide any size; store plain tar files")
         self.count += len(data)
+        self._empty += not data
+        if self._empty > _MAX_EMPTY:
+            raise tarfile.ReadError("it ends within a sample; it is cut off")
         if self._limit is not None and self.count > self._limit:
             raise tarfile.ReadError(f"it has more than the {self._limit} bytes that dataset.json records")
+        if self.count > self._marked + _BETWEEN_MARKS:
+            raise tarfile.ReadError(f"it has a member or headers of more than {_BETWEEN_MARKS} bytes")
         if self._limit is not None:
             self._digest.update(data)
         return data
+
+    def mark(self) -> None:
+        """A member is over."""
+        self._marked = self.count
 
     def hexdigest(self) -> str:
         """SHA-256 of what has been read."""
@@ -119,22 +126,14 @@ class _Counted:
 
 
 def _samples(name: str, stream: _Counted) -> Iterator[dict[str, Any]]:
-    files = tar_file_expander([{"url": name, "stream": stream}], eof_value=None)
-    samples: Iterator[dict[str, Any]] = group_by_keys(map(_inside, files))
+    files = ({**file, "__url__": name} for file in streamed_files(stream))
+    samples: Iterator[dict[str, Any]] = group_by_keys(files)
     return samples
-
-
-def _inside(file: dict[str, Any]) -> dict[str, Any]:
-    """The file, if its name stays in the folder. Links are no regular files; webdataset passes over them."""
-    name = file["fname"]
-    if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise tarfile.TarError(f"it holds {name!r}, which leads out of the folder")
-    return file
 
 
 def _check_end(name: str, stream: _Counted, shard: ShardInfo) -> None:
     while stream.read(2**20):  # the padding of a tar
-        pass
+        stream.mark()
     if stream.count < shard.bytes:
         raise tarfile.ReadError(f"it has {stream.count} bytes, not the {shard.bytes} that dataset.json records")
     if stream.hexdigest() != shard.sha256:

@@ -223,4 +223,9 @@ def check_one_size(first: Tensor, row: Row) -> None:
             f"{first.shape[2]}; a batch needs one size. Prepare the data with one: "
             "python -m data_pipes.prepare folder --size N."
         )
+    if signal.shape[1] != first.shape[1]:
+        raise InputError(
+            f"{where} has {signal.shape[1]} numbers for each point, others have {first.shape[1]}; surfaces (x, y, z) "
+            "and points with values do not go together. Prepare them as data sets of their own."
+        )
     raise InputError(f"{where} has {signal.shape[0]} points, others have {first.shape[0]}; a batch needs equally many.")

@@ -42,8 +42,11 @@ class StreamingSplit(Split):
     buffer of `SHUFFLE_BUFFER` / lanes. A process reads the lanes of its own places alone where `world` divides their
     number; otherwise it reads more, and passes over what belongs to others without decoding it.
 
-    Limits: samples that lie more than a buffer apart in a shard do not meet in an order other than theirs; data that
-    is sorted by class should be shuffled when it is prepared. A lane that begins or ends within a shard reads it from
+    Limits: of `lanes` places in a row, each is of another lane, so samples of one lane (neighbours in a shard, say)
+    share a batch less often than by chance, and never one of at most `lanes` samples that begins at a multiple of it.
+    (If lanes took turns at random, a process would have to read those of others.) Samples that lie more than a buffer
+    apart in a shard do not meet in an order other than theirs; data that is sorted by class should be shuffled when it
+    is prepared (`data_pipes.prepare` does). A lane that begins or ends within a shard reads it from
     its beginning. Not shuffled, there is one lane, which every process reads. To begin in the middle of an epoch,
     shards before it are passed over, and the first one's samples before it are read again. All of this random access
     (`IndexedSplit`) does not have. A shard's SHA-256 is compared when it has been read to its end.
@@ -96,7 +99,7 @@ class StreamingSplit(Split):
         undecoded = self._undecoded(shares, epoch)
         chunks = iter(lambda: list(islice(undecoded, CHUNK)), [])
         rows = chain.from_iterable(ordered_map(self._decode_all, chunks, workers=workers))
-        return self._mended(rows) if epoch.whole_batches else rows
+        return self._mended(rows, epoch) if epoch.whole_batches else rows
 
     def _undecoded(self, shares: list[range], epoch: Epoch) -> Iterator[_Undecoded]:
         order, read = self._plan(epoch)
@@ -160,7 +163,7 @@ class StreamingSplit(Split):
             self.bad.add(position, error)
             return None
 
-    def _mended(self, rows: Iterator[Row | None]) -> Iterator[Row]:
+    def _mended(self, rows: Iterator[Row | None], epoch: Epoch) -> Iterator[Row]:
         """The rows, with the next good one, or at the end the last, in the places of those that are missing."""
         missing, last = 0, None
         for row in rows:
@@ -171,7 +174,12 @@ class StreamingSplit(Split):
             yield from [row] * (missing + 1)
             missing = 0
         if missing and last is None:
-            raise InputError(f"Split {self.name!r} of {self.info.folder} has too few samples that can be used.")
+            # An uninterrupted run would take the last good one, which one that goes on here has not read.
+            raise InputError(
+                f"Split {self.name!r} of {self.info.folder} has too few samples that can be used: none "
+                f"of the {missing} left of epoch {epoch.number} for this process. Mend the data, or go on from "
+                "an earlier checkpoint."
+            )
         yield from [last] * missing if last is not None else []
 
 

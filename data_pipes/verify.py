@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_pipes.decode import decode_sample
 from data_pipes.processes import available_cores, ordered_processes
+from data_pipes.remote import shown
 from data_pipes.schema import DatasetInfo, ShardInfo, read_info
 from data_pipes.shards import iterate_shard
 from mwt.errors import InputError
@@ -35,11 +36,19 @@ class ShardReport:
 
 
 def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
-    """Reads one shard from beginning to end."""
-    path = info.folder / shard.file
+    """Reads one local shard from beginning to end."""
+    path = Path(info.source(shard))
     report = ShardReport()
     if not path.is_file():
         return ShardReport([f"Shard {path} is missing."])
+    try:
+        _check_content(path, shard, info, report)
+    except OSError as error:
+        report.faults.append(f"Shard {path} cannot be read ({error.strerror or error}).")
+    return report
+
+
+def _check_content(path: Path, shard: ShardInfo, info: DatasetInfo, report: ShardReport) -> None:
     if path.stat().st_size != shard.bytes:
         report.faults.append(f"Shard {path} has {path.stat().st_size} bytes, not the {shard.bytes} recorded.")
     with open(path, "rb") as file:
@@ -47,7 +56,7 @@ def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
             report.faults.append(f"Shard {path} has another sha256 than recorded.")
     found = 0
     try:
-        for sample in iterate_shard(path, None):
+        for sample in iterate_shard(path):
             found += 1
             key = sample["__key__"]
             try:
@@ -59,7 +68,6 @@ def check_shard(shard: ShardInfo, info: DatasetInfo) -> ShardReport:
         report.faults.append(str(error))
     if found != shard.count:
         report.faults.append(f"Shard {path} holds {found} samples, not the {shard.count} recorded.")
-    return report
 
 
 def digest(signal: Tensor) -> bytes:
@@ -98,6 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     info = read_info(options.path)
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers is {options.workers}; it cannot be negative.")
+    for shard in (shard for split in info.splits.values() for shard in split.shards):
+        if isinstance(source := info.source(shard), str):
+            raise InputError(
+                f"Only local shards can be verified, but {shown(source)} is not; copy the data here first."
+            )
     workers = options.workers
     if workers is None:
         size = sum(shard.bytes for split in info.splits.values() for shard in split.shards)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 from webdataset import TarWriter
 
 from data_pipes.decode import IMAGE_FORMATS
+from data_pipes.index import begin_index
 from data_pipes.schema import DatasetInfo, ShardInfo, SplitInfo, save_info
 from mwt.errors import InputError
 from mwt.runtime import sync, write_json
@@ -160,6 +160,8 @@ class _Work:
                 raise InputError(f"{path} is not as it was finished; remove {self.folder} to begin anew.")
         self.shards = shards
         (self.folder / _DATA).mkdir(exist_ok=True)
+        for half in (self.folder / _DATA).glob(".*"):  # an index that was being written
+            half.unlink()
         self._note()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -195,9 +197,8 @@ class _Work:
                         sample = next(stream, None)
                 file.flush()
                 os.fsync(file.fileno())
-            with open(unfinished, "rb") as finished:
-                digest = hashlib.file_digest(finished, "sha256").hexdigest()
             path = self.folder / _DATA / f"{split}-{len(shards):06d}.tar"
+            digest = begin_index(unfinished, path)
             size = unfinished.stat().st_size
             os.replace(unfinished, path)
             sync(path.parent)

@@ -35,7 +35,7 @@ class SignalFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Signals with labels, on the device. Made by `data_pipes`; either `images` or `coords` and `values` are set.
+    """Signals with labels, on the device. Made by `data_pipes`; `images`, `coords` and `values`, or `coords` are set.
 
     `coords` alone are points on surfaces: the signals are the distances to them, asked for anew in every step.
 

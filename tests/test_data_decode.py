@@ -20,7 +20,16 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data_pipes import decode
-from data_pipes.decode import decode_image, decode_label, decode_points, decode_sample, encode_png, load_image, resize
+from data_pipes.decode import (
+    decode_image,
+    decode_label,
+    decode_points,
+    decode_sample,
+    decode_signal,
+    encode_png,
+    load_image,
+    resize,
+)
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 
@@ -149,7 +158,7 @@ def test_bad_points(data: bytes, message: str) -> None:
 
 def test_labels() -> None:
     assert decode_label(b" 7\n", 10, "x") == 7
-    for bad in (b"10", b"-1", b"cat", b"", b"\xff", b"1.0"):
+    for bad in (b"10", b"-1", b"cat", b"", b"\xff", b"1.0", b"1" * 5000, b"000000007"):  # int() refuses 4,301 digits
         with pytest.raises(InputError, match=r"^x: label .* is not a class number in 0 … 9\.$"):
             decode_label(bad, 10, "x")
 
@@ -189,6 +198,19 @@ def test_load_image_errors(tmp_path: Path) -> None:
     points = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a",))
     with pytest.raises(InputError, match="the model was made for points, not for images"):
         load_image(tmp_path / "x.png", points)
+
+
+def test_another_size_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 67 megapixels nothing is decompressed where the data set says 5 x 7; an upright image may lie on its side."""
+    facts = SignalFacts(kind="image", channels=3, height=5, width=7, classes=("a",))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert torch.equal(decode_signal(encoded(pil(RGB.rot90(1, (1, 2))), "PNG", exif=exif), "png", facts, "x"), RGB)
+    with pytest.raises(InputError, match=r"^x has 7 x 5 pixels, but the data set says 5 x 7\."):
+        decode_signal(encode_png(RGB.mT), "png", facts, "x")
+    monkeypatch.setattr(decode, "image_to_tensor", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=r"^x has 8000 x 7 pixels, but the data set says 5 x 7\."):
+        decode_signal(huge_png(7, 8000), "png", facts, "x")
 
 
 # ---- files made to do harm ---------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ import hashlib
 import io
 import subprocess
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import URLError
 
@@ -73,7 +76,7 @@ def test_imagenette(tmp_path: Path) -> None:
     assert (info.name, info.channels, info.height, info.width) == ("imagenette", 3, 320, 320)
     assert info.classes == tuple(names[0] for names in imagenette.READER._WNID_TO_CLASS.values())
     assert {split: part.count for split, part in info.splits.items()} == {"train": 30, "val": 10}
-    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar", None))
+    samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar"))
     stored = Image.open(io.BytesIO(samples[0]["jpg"]))
     assert (stored.format, stored.size) == ("JPEG", (320, 320))
     assert [layer[1:3] for layer in stored.layer] == [(1, 1)] * 3, "chroma is at full resolution"
@@ -97,7 +100,7 @@ def test_squash_and_crop_are_those_of_torchvision(tmp_path: Path) -> None:
         assert batch.images is not None
         found = batch.images[batch.labels == 0][0].permute(1, 2, 0).int().numpy()
         assert np.abs(found - np.array(expected, dtype=int)).max() <= 2
-        assert "png" in next(iterate_shard(out / "val-000000.tar", None))
+        assert "png" in next(iterate_shard(out / "val-000000.tar"))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (33, 47), (20, 20)])
@@ -160,6 +163,50 @@ def test_imagenette_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run("imagenette", "--src", given, "--out", tmp_path / out, "--size", 20)
         assert read_info(tmp_path / out).splits == read_info(tmp_path / "tree").splits
     assert [path.name for path in archive.parent.iterdir()] == ["imagenette2.tgz"], "the source is left as it is"
+
+
+def test_imagenette_in_other_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src = imagenette_tree(tmp_path / "src")
+    (src / "imagenette2").rename(src / "imagenette2-320")
+    hidden = src / "imagenette2-320" / "train" / "n01440764" / "._n01440764_0.JPEG"
+    hidden.write_bytes(b"no image")  # as macOS leaves them
+    for number, given in enumerate((src, src / "imagenette2-320")):
+        run("imagenette", "--src", given, "--out", tmp_path / f"out{number}", "--size", 20)
+        assert "Note: imagenette2-320 was resized before" in capsys.readouterr().out
+        assert read_info(tmp_path / f"out{number}").splits["train"].count == 30
+    (src / "imagenette2-320").rename(src / "imagenette2-160")
+    (src / "imagenette2-160.tgz").touch()
+    for given in (src, src / "imagenette2-160", src / "imagenette2-160.tgz"):
+        with pytest.raises(InputError, match=r"^imagenette2-160 \(--src\) has images of 160 pixels, too small"):
+            run("imagenette", "--src", given, "--out", tmp_path / "x")
+
+
+def test_an_interrupted_download_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither half an archive nor half of its files is taken for the whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = tmp_path / "cache" / "meta-weight-transformer" / "imagenette"
+    src = imagenette_tree(tmp_path / "src")
+    archive = tmp_path / "imagenette2.tgz"
+    subprocess.run(["tar", "czf", archive, "-C", src, "imagenette2"], check=True)
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
+    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": (url, md5)})
+    place(cache / "imagenette2.tgz", archive.read_bytes()[:1000])
+    place(cache / "imagenette2" / "train" / "n01440764" / "x.JPEG", b"half")
+    place(cache / "unpacked" / md5 / "imagenette2" / "train" / "n01440764" / "n01440764_0.JPEG", b"half")
+    run("imagenette", "--out", tmp_path / "out", "--size", 20)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    run("imagenette", "--src", src, "--out", tmp_path / "expected", "--size", 20)
+    assert read_info(tmp_path / "out").splits == read_info(tmp_path / "expected").splits
+    (cache / "imagenette2.tgz").unlink()
+    run("imagenette", "--out", tmp_path / "again", "--size", 20)  # unpacked once, nothing is fetched
 
 
 def test_imagenette_that_is_not_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
 from data_pipes import write
+from data_pipes.index import INDEX_SUFFIX
 from data_pipes.prepare.__main__ import main
+from data_pipes.prepare.source import stored_order
 from data_pipes.schema import read_info
 from data_pipes.shards import iterate_shard
 from data_pipes.write import finished_shards, partial_folder
@@ -54,7 +58,8 @@ def whole(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byte
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All but the indices, in which the time stands."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix != INDEX_SUFFIX}
 
 
 @contextmanager
@@ -116,7 +121,7 @@ def check_restarts(src: Path, out: Path, whole: dict[str, bytes], stops: list[in
     for name, (inode, written) in kept.items():
         stat = (out / name).stat()
         assert (stat.st_ino, stat.st_mtime_ns) == (inode, written)
-    keys = {split: [s["__key__"] for shard in info.shards for s in iterate_shard(out / shard.file, None)]
+    keys = {split: [s["__key__"] for shard in info.shards for s in iterate_shard(out / shard.file)]
             for split, info in read_info(out).splits.items()}  # fmt: skip
     assert keys == {
         "train": [f"{i:08d}" for i in range(COUNT * 2 // 3)],
@@ -194,6 +199,7 @@ def test_full_disk(
             prepare(src, out)
     assert capsys.readouterr().err == "", "one sentence is enough"
     assert sorted(path.name for path in partial_folder(out).iterdir()) == ["data", "lock", "progress.json"]
+    (partial_folder(out) / "data" / ".train-000002.tar.index.partial-1").write_bytes(b"half of it")
     prepare(src, out)
     assert content(out) == whole
 
@@ -210,6 +216,14 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
             InputError, match=rf"was begun with other arguments or files \({named}\)\. Give those again"
         ):
             prepare(src, out, *options)
+    elsewhere = tmp_path / "elsewhere" / src.name  # files of the same names
+    shutil.copytree(src, elsewhere)
+    with pytest.raises(InputError, match=r"other arguments or files \(src\)"):
+        prepare(elsewhere, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL, "__version__", "0.1")
+        with pytest.raises(InputError, match=r"other arguments or files \(version of Pillow\)"):
+            prepare(src, out)
     extra = src / "train" / "a" / "more.png"
     extra.write_bytes((src / "train" / "a" / "000.png").read_bytes())
     try:
@@ -225,6 +239,31 @@ def test_other_arguments_are_refused(src: Path, tmp_path: Path, monkeypatch: pyt
         prepare(src, out)
     (partial_folder(out) / "progress.json").write_text("{")
     with pytest.raises(InputError, match=r"progress\.json cannot be read; remove .*partial to begin anew"):
+        prepare(src, out)
+
+
+def test_what_is_kept_is_said_whenever_it_is(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a command that goes on fails before it has finished one more; not where it is refused."""
+    out = tmp_path / "out"
+    said = f"2 finished shards are kept in {partial_folder(out)}; the same command goes on from there.\n"
+    for count in (20, 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                prepare(src, out)
+        assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match="other arguments"):
+        prepare(src, out, "--seed", "1")
+    assert "finished shards" not in capsys.readouterr().err
+
+    def spoil(self: object, sample: object) -> object:
+        (partial_folder(out) / "progress.json").write_text("{")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(write.TarWriter, "write", spoil)
+    with pytest.raises(ZeroDivisionError):  # not what is wrong with the journal
         prepare(src, out)
 
 
@@ -259,13 +298,14 @@ def test_a_corrupted_image_is_named_and_mended(
     src: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    bad = src / "train" / "b" / "030.png"
+    files = [src / "train" / name / f"{index:03d}.png" for name in "ab" for index in range(COUNT // 3)]
+    bad = stored_order(files, "train")[60]
     data = bad.read_bytes()
     stream = io.BytesIO()
     Image.open(io.BytesIO(data)).save(stream, "JPEG")
     bad.write_bytes(stream.getvalue()[:-200])  # its header, which is looked at before all work, is in order
     try:
-        with pytest.raises(InputError, match=r"train/b/030\.png cannot be decoded: "):
+        with pytest.raises(InputError, match=rf"train/{bad.parent.name}/{bad.stem}\.png cannot be decoded: "):
             prepare(src, out, "--workers", "2")
     finally:
         bad.write_bytes(data)

@@ -130,7 +130,7 @@ def write_tree(root: Path, count: int = 3) -> Path:
             folder = root / "ModelNet40" / name / split
             folder.mkdir(parents=True)
             for index in range(many):
-                scale = 1.0 + index
+                scale = 1.0 + index + 10 * (split == "test")
                 text = cube("OFF", scale) if name == "box" else off(ball.vertices * scale, ball.triangles.tolist())
                 (folder / f"{name}_{index:04d}.off").write_text(text)
             (folder / ".DS_Store").touch()
@@ -163,7 +163,7 @@ def test_modelnet40(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.equal(batch.coords.abs().amax((1, 2)), torch.ones(6))
     assert batch.coords.mean(1).abs().max() < 1e-6
     assert len({bytes(surface.numpy()) for surface in batch.coords}) == 6, "every mesh has its own points"
-    streamed = open_split(folder, "train", device=torch.device("cpu"), resident_mb=0)
+    streamed = open_split(folder, "train", device=torch.device("cpu"), reader="stream")
     assert torch.equal(next(streamed.batches(batch_size=6)).coords, batch.coords)
     verify([str(folder)])
     assert "is in order" in capsys.readouterr().out
@@ -179,6 +179,16 @@ def test_modelnet40(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_info(tmp_path / "zipped").splits == info.splits
     note = "Note: these are 6 train and 4 test samples; ModelNet40 has 9,843 train and 2,468 test."
     assert note in capsys.readouterr().out
+
+
+def test_a_mesh_in_both_splits_is_found(tmp_path: Path) -> None:
+    """Under another name and written otherwise, but with the same corners and faces."""
+    src = write_tree(tmp_path / "src")
+    text = (src / "ModelNet40" / "box" / "train" / "box_0001.off").read_text()
+    (src / "ModelNet40" / "box" / "test" / "box_0123.off").write_text("OFF # a copy\n" + text.removeprefix("OFF"))
+    prepare("--src", src, "--out", tmp_path / "out")
+    with pytest.raises(InputError, match=r"^1 faults in .*:\nSample .* \(test\) is the same signal as .* \(train\)\.$"):
+        verify([str(tmp_path / "out")])
 
 
 def test_distances_are_those_of_the_shapes(folder: Path) -> None:

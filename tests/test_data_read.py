@@ -186,6 +186,17 @@ def test_sizes_that_differ(tmp_path: Path) -> None:
         open_split(make(tmp_path / "fixed", samples, fixed), "train", device=CPU)
 
 
+def test_surfaces_and_points_with_values_do_not_go_together(tmp_path: Path) -> None:
+    samples = []
+    for columns in (4, 3):
+        stream = io.BytesIO()
+        np.save(stream, np.ones((6, columns), np.float32))
+        samples.append(Sample(extension="npy", data=stream.getvalue(), label=0))
+    facts = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a",))
+    with pytest.raises(InputError, match=r"00000001 of .* has 3 numbers for each point, others have 4; surfaces"):
+        open_split(make(tmp_path / "data", samples, facts), "train", device=CPU)
+
+
 def test_bad_samples_are_named(tmp_path: Path) -> None:
     good = Sample(extension="png", data=picture(1), label=0)
     folder = make(tmp_path / "data", [good, Sample(extension="png", data=b"no image", label=0)])

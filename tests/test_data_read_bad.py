@@ -146,6 +146,35 @@ def test_a_flipped_byte_that_decodes(tmp_path: Path, reader: str) -> None:
         list(open_split(folder, "train", device=CPU, reader=reader).batches(batch_size=2))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reader", READERS)
+def test_shards_at_fault_are_counted_and_reported(
+    tmp_path: Path, reader: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No sample of it is skipped, but its sums are wrong: said once, in whatever epoch, and at the end."""
+    folder = points(tmp_path / "data")
+    flip(folder / "train-000000.tar", 1)
+    (folder / f"train-000000.tar{INDEX_SUFFIX}").unlink()
+    split = opened(folder, reader)
+    for epoch in range(2):
+        assert sum(len(batch) for batch in split.batches(batch_size=4, epoch=epoch)) == 8
+    report = split.bad.report().splitlines()
+    assert report[0] == "1 shards of split 'train' are at fault; their samples were used as far as they could be:"
+    assert "train-000000.tar has another sha256 than dataset.json records" in report[1]
+    assert len(report) == 2
+    assert len([record for record in caplog.records if "another sha256" in record.getMessage()]) == 1
+    assert len(split.bad) == 0
+
+
+def test_going_on_where_a_stream_has_only_bad_samples_left(tmp_path: Path) -> None:
+    """An uninterrupted run takes the last good one; one that goes on has not read it, and says so."""
+    folder = make(tmp_path / "data", {22: b"?", 23: b"?"})
+    options = {"batch_size": 2, "drop_last": True}
+    assert [batch.positions.tolist() for batch in opened(folder, "stream").batches(**options)][-1] == [21, 21]  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"none of the 2 left of epoch 0 for this process\. Mend the data, or"):
+        list(opened(folder, "stream").batches(**options, start=11))  # type: ignore[arg-type]
+    assert next(opened(folder, "stream").batches(**options, start=10)).positions.tolist() == [20, 21]  # type: ignore[arg-type]
+
+
 def test_a_flipped_byte_is_one_bad_sample_where_the_index_knew_it_sound(tmp_path: Path) -> None:
     """Before the split is opened, and, unseen by the size and time of the file, while it is open."""
     folder = points(tmp_path / "data")

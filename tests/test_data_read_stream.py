@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from data_pipes import remote, shards, streaming
 from data_pipes.decode import encode_png
@@ -44,17 +47,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """Serves a folder on this machine; `cut` ends the next answers to GET early; `seen` are the paths asked for."""
+    """Serves a folder on this machine; `cut` ends the next answers to GET early; `seen` are the paths asked for.
+
+    /elsewhere/dataset.json leads to `redirect`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[str] = []
         self.cut: list[tuple[str, int]] = []
+        self.redirect = ""
         server = self
 
         class Handler(SimpleHTTPRequestHandler):
             def do_GET(self) -> None:
                 name = self.path.partition("?")[0].strip("/")
                 server.seen.append(self.path)
+                if name == "elsewhere/dataset.json":
+                    self.send_response(302)
+                    self.send_header("Location", server.redirect)
+                    self.end_headers()
+                    return
                 cut = next((cut for cut in server.cut if cut[0] == name), None)
                 if cut is None:
                     super().do_GET()
@@ -188,6 +200,45 @@ def test_schemes_that_nobody_named(address: str) -> None:
         read_info(address)
 
 
+def test_redirections_keep_to_the_schemes(server: Server, folder: Path) -> None:
+    server.redirect = "ftp://127.0.0.1:9/dataset.json"
+    with pytest.raises(InputError, match=r"ftp: is not among data\.schemes"):
+        read_info(f"{server.url}/elsewhere")
+    server.redirect = f"{server.url}/dataset.json"
+    assert read_info(f"{server.url}/elsewhere").name == "t"
+    server.redirect = "https://127.0.0.1:9/dataset.json"
+    with pytest.raises(InputError, match=r"https: is not among data\.schemes \(http\)"):
+        read_info(f"{server.url}/elsewhere", schemes=("http",))
+
+
+@pytest.mark.parametrize(
+    "address", ["http://x y/z?token=secret", "http://x:port/z?token=secret", "http://[x/?token=secret"]
+)
+def test_addresses_that_are_none(address: str) -> None:
+    with pytest.raises(InputError, match="cannot be opened: it is no valid address") as raised:
+        remote.open_url(address)
+    with pytest.raises(InputError, match="cannot be opened: it is no valid address"):
+        read_info(address)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_server_that_speaks_another_language() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"dataset\.json cannot be read: .*BadStatusLine"):
+            read_info(address)
+        thread.join()
+
+
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/b.tar", "..", "./x.tar"])
 def test_shards_outside_of_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
     content = json.loads((folder / "dataset.json").read_text())
@@ -256,6 +307,22 @@ def test_every_sample_once_from_any_shards(
                 assert split._first[int(number)] + int(inside) == position
             if shuffle and lanes % world == 0:  # a process reads its own lanes: a shard twice where they are cut
                 assert read.total() <= sum(counts) // world + (lanes // world + 1) * 2 * max(counts)
+
+
+def test_an_order_of_many_lanes(tmp_path: Path) -> None:
+    """128 shards of 8 in 32 lanes: each sample is at any place alike, each shard in each lane alike; and the limit."""
+    split = split_of([8] * 128, tmp_path)
+    epochs = 300
+    orders = np.stack([split.order(Epoch(number=epoch, shuffle=True)).numpy() for epoch in range(epochs)])
+    assert len(split._plan(Epoch(shuffle=True))[1]) == 32
+    places = np.argsort(orders, axis=1)  # [epoch, sample]
+    for part in (places % 32, places // 32):  # lane, and place within it
+        for sample in (0, 500, 1023):
+            assert stats.chisquare(np.bincount(part[:, sample], minlength=32)).pvalue > 1e-4
+    correlations = [stats.spearmanr(order, np.arange(1024)).statistic for order in orders[:100]]
+    assert abs(np.mean(correlations)) < 4 / np.sqrt(100 * 1023)
+    together = (places // 32).reshape(epochs, 128, 8)  # batches of 32
+    assert all(len(set(batches)) == 8 for batches in together.reshape(-1, 8)), "the docstring says never"
 
 
 def test_lanes_keep_processes_off_each_others_shards(folder: Path, server: Server) -> None:

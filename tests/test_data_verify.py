@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,26 @@ def test_in_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert "in order" in output
     verify.main(["builtin:digits"])
+
+
+def test_what_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: Any, _: str) -> Any:
+        if file.name.endswith("train-000001.tar"):
+            raise OSError(5, "Input/output error")
+        return hashlib.sha256(file.read())
+
+    monkeypatch.setattr(verify.hashlib, "file_digest", broken)
+    shard = folder / "train-000001.tar"
+    assert faults(folder) == f"1 faults in {folder}:\nShard {shard} cannot be read (Input/output error)."
+
+
+def test_remote_data_is_refused(folder: Path) -> None:
+    content = json.loads((folder / "dataset.json").read_text())
+    content["splits"]["test"]["shards"][0]["file"] = "https://example.org/test-000000.tar?token=secret"
+    (folder / "dataset.json").write_text(json.dumps(content))
+    assert faults(folder) == (
+        "Only local shards can be verified, but https://example.org/test-000000.tar is not; copy the data here first."
+    )
 
 
 def test_damage(folder: Path) -> None:

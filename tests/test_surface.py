@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from data_pipes.augment import augment
+from mwt import surface
 from mwt.config import InnerLoopConfig
 from mwt.observe import observe
 from mwt.structs import Batch
@@ -27,21 +30,40 @@ def batch(*positions: int, points: int = POINTS) -> Batch:
 
 def test_distances_are_those_of_scipy() -> None:
     numbers = torch.Generator().manual_seed(0)
-    surface = torch.randn(3, 500, 3, generator=numbers)
+    shape = torch.randn(3, 500, 3, generator=numbers)
     queries = torch.rand(3, 70, 3, generator=numbers) * 2 - 1
-    queries[0, :5] = surface[0, :5] + 1e-6
-    expected = np.stack([cdist(q.double(), s.double()).min(1) for q, s in zip(queries, surface, strict=True)])
-    torch.testing.assert_close(distances(queries, surface).double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+    queries[0, :5] = shape[0, :5] + 1e-6
+    expected = np.stack([cdist(q.double(), s.double()).min(1) for q, s in zip(queries, shape, strict=True)])
+    torch.testing.assert_close(distances(queries, shape).double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
     for chunk in (1, 32, 1000):
-        found = by_differences(queries, surface, chunk=chunk)
+        found = by_differences(queries, shape, chunk=chunk)
         torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_threads_do_not_change_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as torch uses, and bit for bit the same."""
+    asked = []
+
+    class Tree(surface.cKDTree):  # type: ignore[misc]
+        def query(self, *arguments: Any, **options: Any) -> Any:
+            asked.append(options["workers"])
+            return super().query(*arguments, **options)
+
+    monkeypatch.setattr(surface, "cKDTree", Tree)
+    shape, queries = torch.rand(2, 5000, 3), torch.rand(2, 20_000, 3)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        found.append(distances(queries, shape))
+    assert asked == [1, 1, 3, 3]
+    assert torch.equal(*found)
 
 
 @pytest.mark.gpu
 def test_distances_on_a_gpu_are_those_on_the_cpu() -> None:
-    surface = torch.rand(2, 32768, 3)
+    shape = torch.rand(2, 32768, 3)
     queries = torch.rand(2, 3000, 3) * 2 - 1
-    torch.testing.assert_close(distances(queries.cuda(), surface.cuda()).cpu(), distances(queries, surface))
+    torch.testing.assert_close(distances(queries.cuda(), shape.cuda()).cpu(), distances(queries, shape))
 
 
 def see(signals: Batch, fraction: float = 0.1, steps: int = 3, **address: int | str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import PIL
 from tqdm import tqdm
 
 from data_pipes.prepare import cifar10, digits, folder, imagenet1k, imagenette, mnist, modelnet40
@@ -117,27 +118,43 @@ def _workers(name: str, source: Source, wanted: int | None) -> int:
 
 
 def _write(out: Path, source: Source, request: Request, workers: int, shard_bytes: int) -> DatasetInfo:
-    partial_out = partial_folder(out)
-    before = sum(map(len, finished_shards(partial_out).values()))
+    begun: list[str] = []
+
+    def samples(split: str, part: Part, start: int) -> Iterator[Sample]:
+        begun.append(split)
+        return _samples(split, part, workers, start)
+
     try:
         return write_dataset(
             out, name=source.name, facts=source.facts, licence=source.licence,
-            splits={split: partial(_samples, split, part, workers) for split, part in source.splits.items()},
+            splits={split: partial(samples, split, part) for split, part in source.splits.items()},
             shard_bytes=shard_bytes, arguments=_arguments(source, request),
         )  # fmt: skip
     except BaseException as error:
-        kept = sum(map(len, finished_shards(partial_out).values()))
-        if kept > before and not isinstance(error.__cause__, OSError):  # what is said of a full disk says it already
-            sys.stderr.write(
-                f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n"
-            )
+        # What is said of a full disk says it already; where nothing was begun, the shards are not this command's.
+        if begun and not isinstance(error.__cause__, OSError):
+            _say_what_is_kept(partial_folder(out))
         raise
+
+
+def _say_what_is_kept(partial_out: Path) -> None:
+    try:
+        kept = sum(map(len, finished_shards(partial_out).values()))
+    except InputError:  # a journal that cannot be read; the first error is the one to be told
+        return
+    if kept:
+        sys.stderr.write(f"{kept} finished shards are kept in {partial_out}; the same command goes on from there.\n")
 
 
 def _arguments(source: Source, request: Request) -> dict[str, Any]:
     """Whatever the samples depend on."""
     names = ("size", "fit", "quality", "channels", "val_fraction", "test_fraction", "seed")
-    return {**{name: getattr(request, name) for name in names}, "list of files": source.content}
+    return {
+        **{name: getattr(request, name) for name in names},
+        "src": None if request.src is None else str(request.src.resolve()),
+        "list of files": source.content,
+        "version of Pillow": PIL.__version__,  # another may decode, resize and encode to other bytes
+    }
 
 
 def _samples(split: str, part: Part, workers: int, start: int) -> Iterator[Sample]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from data_pipes.decode import open_image, seen_size
 from data_pipes.parallel import ordered_map
 from data_pipes.prepare.images import ImageFile, ImageMaker
-from data_pipes.prepare.source import DEFAULT_TEST_FRACTION, Part, Request, Source, checksum, split_off
+from data_pipes.prepare.source import DEFAULT_TEST_FRACTION, Part, Request, Source, checksum, split_off, stored_order
 from data_pipes.schema import IMAGE_SUFFIXES
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
@@ -26,6 +26,7 @@ _Images = list[tuple[Path, int]]  # file, class
 def load(request: Request) -> Source:
     """The images of a folder, classes in alphabetical order, at any depth below their class folder.
 
+    They are stored in a fixed random order.
     Without `size`, PNG, JPEG and WebP files keep their own bytes; everything else becomes PNG.
 
     Raises:
@@ -47,7 +48,13 @@ def load(request: Request) -> Source:
     facts = SignalFacts(kind="image", channels=channels, height=height, width=width, classes=classes)
     make = ImageMaker(channels, request.size, request.fit, request.quality or 100)
     splits = {
-        split: Part([ImageFile(str(path), str(path.relative_to(request.src)), label) for path, label in part], make)
+        split: Part(
+            [
+                ImageFile(str(path), str(path.relative_to(request.src)), label)
+                for path, label in stored_order(part, split)
+            ],
+            make,
+        )
         for split, part in images.items()
     }
     content = checksum((split, item.name, item.label) for split, part in splits.items() for item in part.items)

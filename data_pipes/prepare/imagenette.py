@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, download_url
 
 from data_pipes.prepare.download import cache_folder, download_failed
 from data_pipes.prepare.images import ImageFile, ImageMaker
@@ -28,6 +29,7 @@ SPLITS = tuple(COUNTS)
 SIZE = (320, 320)
 QUALITY = 95
 _ARCHIVE = "imagenette2.tgz"
+_TOO_SMALL = "imagenette2-160"
 _MAX_BYTES = 4 * 2**30  # the archive unpacks to 1.6 GB
 
 
@@ -40,20 +42,27 @@ def load(request: Request) -> Source:
     request.only("imagenette", "size", "fit", "quality")
     if request.src is None:
         cache = cache_folder("imagenette")
+        url, md5 = READER._ARCHIVES["full"]
         try:
-            READER(str(cache), split="train", size="full", download=not (cache / "imagenette2").is_dir())
+            if not _is_whole(_unpacked(md5)):
+                download_url(url, str(cache), _ARCHIVE, md5)
         except (RuntimeError, URLError, OSError) as error:
             raise download_failed("imagenette", f"{_ARCHIVE} (or the folder imagenette2 from it)", error) from error
-        folder = cache / "imagenette2"
+        folder = _unpack(cache / _ARCHIVE, _unpacked(md5))
     else:
         folder = _folder(request.src)
-    return trees_source("imagenette", folder, CLASSES, COUNTS, licence=LICENCE, request=request)
+    source = trees_source("imagenette", folder, CLASSES, COUNTS, licence=LICENCE, request=request)
+    if folder.name != "imagenette2-320":
+        return source
+    note = "Note: imagenette2-320 was resized before, to 320 pixels along the shorter side; imagenette2 was not."
+    return replace(source, notes=[note, *source.notes])
 
 
 def _folder(src: Path) -> Path:
     """The folder with train and val: `src`, one in it, or the archive unpacked into the cache."""
-    for folder in (src, src / "imagenette2", src / "imagenette2-320"):
+    for folder in (src.resolve(), src / "imagenette2", src / "imagenette2-320", src / _TOO_SMALL):
         if all((folder / split).is_dir() for split in SPLITS):
+            _check_not_small(folder.name)
             return folder
     archive = src if src.is_file() else src / _ARCHIVE
     if not archive.is_file():
@@ -62,15 +71,29 @@ def _folder(src: Path) -> Path:
     if md5 is None:
         names = ", ".join(sorted(Path(url).name for url, _ in READER._ARCHIVES.values()))
         raise InputError(f"{archive} (--src) is not one of Imagenette's archives: {names}.")
+    _check_not_small(archive.name.removesuffix(".tgz"))
     if not check_integrity(str(archive), md5):
         raise InputError(f"{archive} is damaged (its md5 sum is not that of Imagenette); get it again.")
-    return _unpack(archive, cache_folder("imagenette") / "unpacked" / md5)
+    return _unpack(archive, _unpacked(md5))
+
+
+def _check_not_small(name: str) -> None:
+    if name == _TOO_SMALL:
+        raise InputError(f"{name} (--src) has images of 160 pixels, too small for what is made here; get {_ARCHIVE}.")
+
+
+def _unpacked(md5: str) -> Path:
+    return cache_folder("imagenette") / "unpacked" / md5
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether unpacking into `target` was finished: a mark tells it from one that was interrupted."""
+    return (target / "whole").is_file()
 
 
 def _unpack(archive: Path, target: Path) -> Path:
-    """Unpacks into `target`, once: a mark tells a whole one from one that was interrupted."""
-    folder, mark = target / archive.name.removesuffix(".tgz"), target / "whole"
-    if not mark.is_file():
+    """Unpacks into `target`, once."""
+    if not _is_whole(target):
         with tarfile.open(archive, "r:gz") as tar:
             members, total = [], 0
             for member in tar:
@@ -79,8 +102,8 @@ def _unpack(archive: Path, target: Path) -> Path:
                 if total > _MAX_BYTES:
                     raise InputError(f"{archive} would unpack to more than {_MAX_BYTES} bytes; it is not Imagenette.")
             tar.extractall(target, members, filter="data")
-        mark.touch()
-    return folder
+        (target / "whole").touch()
+    return target / archive.name.removesuffix(".tgz")
 
 
 def trees_source(
@@ -102,7 +125,10 @@ def trees_source(
             raise InputError(f"{folder / split} does not have the class folders of {name}: it {' and '.join(differ)}.")
         files = []
         for label, wnid in enumerate(names):
-            paths = sorted(path for path in found[wnid].iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            paths = sorted(
+                path for path in found[wnid].iterdir()
+                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")  # ._x.JPEG of macOS
+            )  # fmt: skip
             if not paths:
                 raise InputError(f"Class folder {found[wnid]} holds no image.")
             files += [ImageFile(str(path), f"{split}/{wnid}/{path.name}", label) for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import zipfile
@@ -31,13 +32,11 @@ _MAX_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class MeshFile:
-    """Where a mesh lies (a file, or a member `name` of a zip file), its class, and its number among its split's."""
+    """Where a mesh lies (a file, or a member `name` of a zip file), and its class."""
 
     path: str
     name: str
     label: int
-    split: str
-    number: int
 
     def read(self) -> tuple[bytes, str]:
         """Its bytes, and what messages call it."""
@@ -65,15 +64,15 @@ class SurfaceMaker:
     seed: int
 
     def __call__(self, file: MeshFile) -> Sample:
-        """One sample; the points depend on the mesh, the seed, the split and the number of the file in it.
+        """One sample; the points depend on the mesh and the seed alone, so equal meshes are equal samples.
 
         Raises:
             InputError: no mesh, or one without area; the message names the file.
         """
         data, where = file.read()
         mesh = read_off(data, where)
-        place = torch.tensor([file.number])
-        numbers = uniform(place, 3 * self.points, seed=self.seed, purpose=f"surface of {file.split}")
+        digest = hashlib.sha256(mesh.vertices.tobytes() + mesh.triangles.tobytes()).hexdigest()
+        numbers = uniform(torch.tensor([0]), 3 * self.points, seed=self.seed, purpose=f"surface of {digest}")
         surface = normalised(sample_surface(mesh, numbers.view(self.points, 3).numpy(), where))
         stream = io.BytesIO()
         np.lib.format.write_array(stream, surface.astype("<f4"), version=(1, 0), allow_pickle=False)
@@ -102,8 +101,8 @@ def load(request: Request) -> Source:
     make = SurfaceMaker(SURFACE_POINTS, request.seed)
     for split in ("train", "test"):
         files = [
-            MeshFile(path, name, classes.index(label), split, number)
-            for number, (label, _, path, name) in enumerate(sorted(entry for entry in found if entry[1] == split))
+            MeshFile(path, name, classes.index(label))
+            for label, _, path, name in sorted(entry for entry in found if entry[1] == split)
         ]
         empty = set(range(len(classes))) - {file.label for file in files}
         if empty or not files:
