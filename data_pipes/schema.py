@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -90,19 +91,6 @@ class DatasetInfo:
         if scheme_of(shard.file) is not None:
             return shard.file
         return self.folder / shard.file if self.url is None else joined(self.url, shard.file)
-
-    def shard_paths(self, name: str) -> list[Path]:
-        """Paths of the shards of split `name`, each present and as large as recorded.
-
-        Raises:
-            InputError: an unknown split, a missing shard, or one of another size.
-        """
-        paths = []
-        for shard in self.split(name).shards:
-            path = self.folder / shard.file
-            check_shard(path, shard)
-            paths.append(path)
-        return paths
 
 
 def check_shard(path: Path, shard: ShardInfo) -> None:
@@ -232,9 +220,9 @@ def _parse(content: Any, file: Path) -> DatasetInfo:
         splits[name] = SplitInfo(count=need(entry, "count", int), shards=shards)
         if splits[name].count != sum(item.count for item in shards):
             raise InputError(f"{file}: the count of split {name!r} is not the sum of its shards' counts.")
-    files = [item.file for part in splits.values() for item in part.shards]
-    if twice := sorted({name for name in files if files.count(name) > 1} if len(set(files)) < len(files) else ()):
-        raise InputError(f"{file} lists {shown(twice[0])} twice; each shard belongs to one place of one split.")
+        counted = Counter(item.file for item in shards)
+        if twice := [name for name, number in counted.items() if number > 1]:
+            raise InputError(f"{file} lists {shown(twice[0])} twice in split {name!r}; its samples would count twice.")
     if not need(content, "classes", list):
         raise InputError(f"{file}: 'classes' is empty; there must be one at least.")
     for key in ("channels", "height", "width"):

@@ -160,7 +160,7 @@ class Split(ABC):
     def locate(self, position: int) -> dict[str, str | int]:
         """Where a sample is, for messages: its shard, its number inside it, and its key where that costs no reading."""
         shard, number = self._place(position)
-        return {"shard": self._shards[shard].file, "number": number}
+        return {"shard": str(self.info.source(self._shards[shard])), "number": number}
 
     def _place(self, position: int) -> tuple[int, int]:
         """The shard of a sample, and its number inside it."""

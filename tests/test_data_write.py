@@ -181,7 +181,10 @@ def test_folder_of_images_gets_the_command(tmp_path: Path, place: str) -> None:
             {"splits": {"t": {"count": 1, "shards": [{"file": "../x", "count": 1, "bytes": 1, "sha256": ""}]}}},
             r"shard name '\.\./x' is neither a plain file name nor a URL",
         ),
-        ({"splits": {"a": TWICE, "b": TWICE}}, r"lists x\.tar twice; each shard belongs to one place of one split"),
+        (
+            {"splits": {"a": {"count": 2 * TWICE["count"], "shards": 2 * TWICE["shards"]}}},
+            r"lists x\.tar twice in split 'a'; its samples would count twice",
+        ),
         ({"classes": []}, r"'classes' is empty; there must be one at least"),
         ({"channels": 0}, r"'channels' is 0; it must be positive"),
         ({"height": -3}, r"'height' is -3; it must be positive"),
@@ -200,17 +203,17 @@ def test_unusable_dataset_json(tmp_path: Path, change: dict[str, object], messag
 
 
 def test_unknown_split_and_damaged_shards(tmp_path: Path) -> None:
-    info = make(tmp_path / "data")
+    make(tmp_path / "data")
     with pytest.raises(InputError, match=r"has no split 'val'; it has train, test\."):
         open_split(tmp_path / "data", "val", device=torch.device("cpu"))
     shard = tmp_path / "data" / "train-000001.tar"
     data = shard.read_bytes()
     shard.write_bytes(data[:-1])
     with pytest.raises(InputError, match=rf"train-000001\.tar has {len(data) - 1} bytes, but .* records {len(data)}"):
-        info.shard_paths("train")
+        open_split(tmp_path / "data", "train", device=torch.device("cpu"))
     shard.unlink()
     with pytest.raises(InputError, match=r"train-000001\.tar, listed in dataset\.json, is missing"):
-        info.shard_paths("train")
+        open_split(tmp_path / "data", "train", device=torch.device("cpu"))
 
 
 def test_cut_shard(tmp_path: Path) -> None:

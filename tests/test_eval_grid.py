@@ -313,7 +313,7 @@ def test_an_interrupted_grid_stops_its_programs_and_goes_on(toys: Path, number: 
     record = job_records(toys)["Rate: 0.1, seed 0: make"]
     assert record["attempts"] == 2
     assert record["command"][-1] == "--resume"
-    assert record["seconds"] > 7 * 0.2  # of both attempts
+    assert record["seconds"] > 6 * 0.2  # of both attempts; the interruption cut one pause short
 
 
 def test_a_killed_grid_goes_on_once_what_it_started_has_ended(toys: Path) -> None:

@@ -188,13 +188,14 @@ def test_accelerate_passes_no_sigterm_on_to_a_single_process_but_that_ends_with_
 
 NONFINITE = """
 import sys, torch, train.classify, mwt.training
+from torch._subclasses.fake_tensor import FakeTensor
 from mwt.observe import observe
 from mwt.runtime import run_program
 
 def poisoned(batch, *args, **kwargs):
     seen = observe(batch, *args, **kwargs)
-    calls.append(1)
-    if len(calls) == 3 and torch.distributed.get_rank() == 1:
+    calls.append(not isinstance(batch.labels, FakeTensor))  # those are of the memory estimate
+    if sum(calls) == 3 and torch.distributed.get_rank() == 1:
         seen.values[:] = float("nan")
     return seen
 
