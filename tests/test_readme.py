@@ -52,6 +52,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EVAL = ("classify", "predict", "reconstruct", "report", "grid")
+
+
 def adapt(words: list[str]) -> list[str]:
     """What a command needs to run here in seconds: `--debug`, data at hand. The command itself stays."""
     module, arguments = words[0], words[1:]
@@ -74,7 +77,7 @@ def run_here(words: list[str]) -> int:
 
 def test_the_readme_has_commands_for_every_program() -> None:
     programs = {re.search(r"-m (\S+)", command)[1] for command in COMMANDS}
-    assert {"train.classify", "eval.classify", "eval.predict", "eval.reconstruct", "eval.report", "eval.grid"} <= programs
+    assert {"train.classify", *(f"eval.{name}" for name in EVAL)} <= programs
     assert {"data_pipes.prepare", "data_pipes.verify"} <= programs
 
 
@@ -84,9 +87,7 @@ def test_every_command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     for command in COMMANDS:
         words = shlex.split(command)
         words = words[words.index("-m") + 1 :]
-        if {"cifar10", "imagenette", "imagenet1k", "modelnet40"} & set(
-            words
-        ):  # see tests of prepare
+        if {"cifar10", "imagenette", "imagenet1k", "modelnet40"} & set(words):  # see tests of prepare
             continue
         if words[0] == "train.classify" and f"{words}" in done:
             continue
