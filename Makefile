@@ -48,11 +48,12 @@ check: .venv/installed-dev ## style, types, import rule, sizes
 	.venv/bin/lint-imports
 	$(PY) -m benchmarks.size_report
 
-bench: .venv/installed ## measure: a step against the paper's formulation, the engines, how cost grows (half an hour)
+bench: .venv/installed ## measure: a step against the paper's formulation, the engines, how cost grows, reading (an hour)
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.parts
 	$(PY) -m benchmarks.engines
 	$(PY) -m benchmarks.scaling
+	$(PY) -m benchmarks.pipeline
 
 report: .venv/installed ## write the report of RUN=runs/NAME again
 	$(PY) -m eval.report --run $(RUN)
