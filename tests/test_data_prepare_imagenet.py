@@ -368,3 +368,14 @@ def test_imagenet1k_that_is_not_right(tmp_path: Path) -> None:
     refused(r"meta\.mat of ILSVRC2012_devkit_t12 in .* cannot be read: ")
     truth.unlink()
     refused(r"lacks ILSVRC2012_devkit_t12\.tar\.gz \(or its folder\), which says the classes of")
+
+
+@pytest.mark.parametrize("name", ["../outside.JPEG", "/outside.JPEG", "imagenette2/../../outside.JPEG"])
+def test_an_archive_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    archive = tmp_path / "imagenette2.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(InputError, match=r"outside of its folder; it is not Imagenette"):
+        imagenette._unpack(archive, tmp_path / "made" / "here")
+    assert not (tmp_path / "made" / "here" / "whole").exists()
+    assert not list(tmp_path.rglob("outside.JPEG"))

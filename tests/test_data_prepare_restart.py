@@ -146,6 +146,7 @@ def test_bytes_do_not_depend_on_the_processes(src: Path, whole: dict[str, bytes]
     assert content(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_interrupted_by_ctrl_c(
     src: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]

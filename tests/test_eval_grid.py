@@ -296,7 +296,9 @@ def check_every_step_was_made_once(toys: Path, count: int) -> None:
     assert {file.read_text() for file in files} == {"".join(f"{i + 1}\n" for i in range(count))}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_an_interrupted_grid_stops_its_programs_and_goes_on(toys: Path, number: int, status: int) -> None:
     process = started(toys, "--jobs", "2", "pause=0.2", "steps=7")
     process.send_signal(number)
@@ -451,7 +453,8 @@ def test_values_and_numbers_as_they_stand_in_files() -> None:
 # ---- with the project's own programs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluated", [False, True])
 def test_training_and_evaluation_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
     """Two rows and two seeds, four trainings (and four evaluations); the table beside what the runs' files say."""
     monkeypatch.chdir(ROOT)

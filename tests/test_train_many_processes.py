@@ -157,6 +157,7 @@ def wait_for_rows(run: Path, process: subprocess.Popen[str], count: int = 1) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_launcher_of_several_processes_passes_sigterm_on_and_the_run_is_saved(tmp_path: Path) -> None:
     """torchrun, and accelerate's launcher for several processes, which is the same: forwarded, saved, resumed."""
     run = tmp_path / "run"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.error import URLError
 
 from torchvision import datasets
@@ -94,14 +95,19 @@ def _is_whole(target: Path) -> bool:
 def _unpack(archive: Path, target: Path) -> Path:
     """Unpacks into `target`, once."""
     if not _is_whole(target):
+        total = 0
         with tarfile.open(archive, "r:gz") as tar:
-            members, total = [], 0
             for member in tar:
-                members.append(member)
                 total += member.size
                 if total > _MAX_BYTES:
                     raise InputError(f"{archive} would unpack to more than {_MAX_BYTES} bytes; it is not Imagenette.")
-            tar.extractall(target, members, filter="data")
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise InputError(f"{archive} holds {member.name!r}, outside of its folder; it is not Imagenette.")
+                if (content := tar.extractfile(member) if member.isreg() else None) is not None:
+                    (target / path).parent.mkdir(parents=True, exist_ok=True)
+                    with open(target / path, "wb") as file:
+                        shutil.copyfileobj(content, file)
         (target / "whole").touch()
     return target / archive.name.removesuffix(".tgz")
 
