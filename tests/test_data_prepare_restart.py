@@ -130,6 +130,7 @@ def check_restarts(src: Path, out: Path, whole: dict[str, bytes], stops: list[in
     assert not partial_folder(out).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_with_processes(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     check_restarts(src, tmp_path / "out", whole, [3], ["2"])

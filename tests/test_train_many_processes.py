@@ -111,6 +111,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_two_nodes_do_what_one_process_does(tmp_path: Path, alone: Any) -> None:
     """Two agents on one machine that find each other through a rendezvous, as on a cluster."""
     run, port = tmp_path / "run", free_port()
