@@ -47,10 +47,10 @@ class ResidentSplit(Split):
         return self._source.locate(position)
 
     def _walk(self, shares: list[range], epoch: Epoch) -> Iterator[Batch]:
-        order = self._good_order(epoch).to(self.device)
+        order, all_good = self._good_order(epoch).to(self.device), bool(self._good.all())
         for share in shares:
             positions = order[share.start : share.stop : share.step]
-            if not bool(self._good.all()):
+            if not all_good:
                 positions = positions[positions >= 0]
             if len(positions):
                 signals, labels = self._stored.index_select(0, positions), self._labels.index_select(0, positions)

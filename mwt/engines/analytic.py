@@ -57,7 +57,7 @@ class _InnerStep(torch.autograd.Function):
                 groups = [tuple(kept[i : i + layers]) for i in range(0, len(kept), layers)]
                 gradients, states = Layers(*groups[:2]), States(*groups[2:])
             else:
-                _, _, gradients, states = code.step(mode, start, coords, values)
+                _, gradients, states = code.gradient(mode, start, coords, values)
             given = Layers(bars[:layers], bars[layers:])
             result = code.step_backward(mode, start, coords, values, gradients, states, loss_bar, given)
         return None, None, None, None, None, None, *result.row()
@@ -147,7 +147,7 @@ def inner_step(
     mode = Mode(siren.omega, _dtype(coords), alike)
     if options.first_order:
         with torch.no_grad(), torch.autocast(coords.device.type, enabled=False):
-            loss, _, gradients, _ = code.step(mode, start, coords, values)
+            loss, gradients, _ = code.gradient(mode, start, coords, values)
         return loss, plain.moved(offsets, rates, gradients, 1 / values[0].numel())
     count = len(base.weights)
     loss, *moved = _InnerStep.apply(code, not options.checkpoint, mode, count, coords, values, *start.row())

@@ -65,15 +65,20 @@ def map_layers(function: Callable[..., Tensor], *layers: Layers) -> Layers:
     return Layers(*(tuple(map(function, *parts)) for parts in zip(*layers, strict=True)))
 
 
-def step(mode: Mode, start: Start, coords: Tensor, values: Tensor) -> tuple[Tensor, Layers, Layers, States]:
-    """Mean squared error [B], offsets after the step, gradients of the summed error, states.
+def gradient(mode: Mode, start: Start, coords: Tensor, values: Tensor) -> tuple[Tensor, Layers, States]:
+    """Mean squared error [B], gradients of the summed error, states.
 
     The sweeps know sums only; the division by points and channels comes last, in full precision, forward and backward.
     """
     sweep = sweeps.shared_forward_sweep if mode.alike else sweeps.forward_sweep
     error, gradients, states = sweep(start.network, coords, values, mode.omega, mode.dtype)
-    scale = 1 / values[0].numel()
-    return error * scale, moved(start.offsets, start.rates, gradients, scale), gradients, states
+    return error * (1 / values[0].numel()), gradients, states
+
+
+def step(mode: Mode, start: Start, coords: Tensor, values: Tensor) -> tuple[Tensor, Layers, Layers, States]:
+    """Mean squared error [B], offsets after the step, gradients of the summed error, states."""
+    loss, gradients, states = gradient(mode, start, coords, values)
+    return loss, moved(start.offsets, start.rates, gradients, 1 / values[0].numel()), gradients, states
 
 
 def moved(offsets: Layers | None, rates: Layers, gradients: Layers, scale: float) -> Layers:
@@ -107,8 +112,9 @@ def step_backward(
 
 
 class Code(NamedTuple):
-    """The four computations of a fit, as they are or compiled."""
+    """The computations of a fit, as they are or compiled. `gradient` alone: first order, and what was not kept."""
 
+    gradient: Callable[..., tuple[Tensor, Layers, States]] = gradient
     step: Callable[..., tuple[Tensor, Layers, Layers, States]] = step
     step_backward: Callable[..., Start] = step_backward
     render: Callable[..., tuple[Tensor, States]] = sweeps.render_sweep
