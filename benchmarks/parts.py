@@ -30,7 +30,6 @@ from mwt.inner_loop import fit
 from mwt.observe import observe
 from mwt.optim import clip_gradients, make_optimizer
 from mwt.runtime import run_program
-from mwt.tokens import tokens
 
 Action = Callable[[], object]
 
@@ -65,7 +64,7 @@ def parts(side: Ours, case: Case, precision: str, device: torch.device) -> dict[
 
     def read() -> Tensor:
         with autocast(device, precision):
-            return model.reader(tokens(model.siren, offsets))
+            return model.reader(model.siren.network_weights(offsets))
 
     def fit_and_back() -> None:
         result = fitted()

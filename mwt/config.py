@@ -98,9 +98,16 @@ class ReaderConfig:
 
     name: str = "transformer"
     """One of `mwt.readers.list_readers()`."""
+    input: Literal["scale", "standardise", "standardise_layers", "raw"] = "scale"
+    """What is done to the weights first. scale: times token_scale. standardise: each weight by its own mean and
+    standard deviation over the training split. standardise_layers: all weights of a layer, and all its biases, by
+    theirs. Statistics come with a set of fitted networks; end to end, where there are none, it is scale or raw."""
     token_scale: float = 500.0
     """lambda, the factor on (offsets + beta); 0 means layer norm over tokens and features together."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What is special to a reader, such as `reader.options.width=64`; see the Options of its file in mwt/readers."""
     blocks: int = 10
+    """This and the next three: the Transformer's."""
     mlp_ratio: float = 1.0
     head_dim: int = 64
     layer_scale: float = 0.1

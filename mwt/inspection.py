@@ -30,7 +30,6 @@ from mwt.model import MetaWeightTransformer
 from mwt.observe import grid, observe, pixels
 from mwt.runtime import choose_device, write_json
 from mwt.structs import Batch, SignalFacts
-from mwt.tokens import tokens
 
 EVAL_FRACTION = "inner_loop.eval_fraction"
 CURVE_SAMPLES = 2000
@@ -332,4 +331,4 @@ def interpolate(
     """Offsets on the straight line between two signals' offsets, both included, and what the reader says of each."""
     share = torch.linspace(0, 1, frames, device=ends.device, dtype=ends.dtype)[:, None]
     offsets = ends[0] * (1 - share) + ends[1] * share
-    return offsets, model.reader(tokens(model.siren, offsets)).float().softmax(-1)
+    return offsets, model.reader(model.siren.network_weights(offsets)).float().softmax(-1)

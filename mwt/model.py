@@ -22,10 +22,9 @@ from mwt.losses import scale_gradient
 from mwt.meta_sgd import MetaSGD
 from mwt.metrics import psnr
 from mwt.observe import grid, observe, whole
-from mwt.readers import READERS
+from mwt.readers import make_reader
 from mwt.siren import Siren
 from mwt.structs import Batch, Fit, Observations, Output
-from mwt.tokens import tokens
 
 BUILTIN = "builtin:"
 
@@ -91,16 +90,8 @@ class MetaWeightTransformer(
         signal = config.signal
         self.siren = Siren(config.siren, coordinate_dims=signal.coordinate_dims, channels=signal.channels)
         self.alpha = MetaSGD(config.inner_loop, self.siren.adapted_size)
-        if config.reader.name not in READERS:
-            raise InputError(f"reader.name is {config.reader.name!r}; there are {', '.join(READERS)}.")
         self.stage = "joint"  # set by `mwt.stages.begin_stage`
-        hidden = config.siren.hidden
-        self.reader = READERS[config.reader.name](
-            config.reader,
-            tokens=config.siren.hidden_layers * hidden,
-            features=hidden + 1,
-            classes=len(signal.classes),
-        )
+        self.reader = make_reader(config.reader, layout=self.siren.layout, classes=len(signal.classes))
 
     def forward(self, observations: Observations, steps: int | None = None) -> Output:
         """`fit_and_read`; what a training step calls, through wrappers for compilation and several processes.
@@ -121,7 +112,7 @@ class MetaWeightTransformer(
         """
         fitted = self.fit(observations, steps)
         offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
-        return Output(fit=fitted, logits=self.reader(tokens(self.siren, offsets)))
+        return Output(fit=fitted, logits=self.reader(self.siren.network_weights(offsets)))
 
     def fit(self, observations: Observations, steps: int | None = None) -> Fit:
         """Fit the SIREN to a batch; without a graph in the stage `classifier`, where no gradient goes into the fit.
@@ -182,8 +173,7 @@ class MetaWeightTransformer(
         fraction of the time and loses no speed. Evaluation, whose batches vary in size, stays as it is.
         """
         self.siren.compiled = True
-        if hasattr(self.reader, "compiled"):
-            self.reader.compiled = True
+        self.reader.compiled = True
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card of this very model: what it was made for and how large it is."""

@@ -7,11 +7,14 @@ by all signals and never adapted. Coordinates are (y, x), or (x, y, z), in [-1, 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mwt.config import SirenConfig
+from mwt.weight_space import Layout, Weights
 
 LayerTensors = list[tuple[Tensor, Tensor]]
 """Weight [..., in, out] and bias [..., out] of each sine layer."""
@@ -88,6 +91,29 @@ class Siren(nn.Module):
     def adapted(self, offsets: LayerTensors) -> LayerTensors:
         """phi = theta + offsets, layer by layer."""
         return [(w + dw, b + db) for (w, b), (dw, db) in zip(self.base(), offsets, strict=True)]
+
+    @property
+    def layout(self) -> Layout:
+        """The same network as `mwt.weight_space` sees it."""
+        sizes = (self.sine_layers[0].weight.shape[0], *[self.hidden] * (self.hidden_layers + 1), len(self.out_scale))
+        return Layout(sizes=sizes, omegas=(self.omega, *[1.0] * self.hidden_layers), shared_output=True)
+
+    def network_weights(self, offsets: Float[Tensor, "B W"], values: Literal["phi", "delta"] = "delta") -> Weights:
+        """The networks theta + offsets as `Weights`, output layer times output scale; or their offsets, 0 there.
+
+        Differentiable. The output layer, the same for all, is expanded over the batch, not copied.
+        """
+        layers = self.unflatten(offsets)
+        weight, bias = self.head.weight * self.out_scale[:, None], self.head.bias * self.out_scale
+        if values == "phi":
+            layers = self.adapted(layers)
+        else:
+            weight, bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        count = len(offsets)
+        return Weights(
+            (*(w.mT for w, _ in layers), weight.expand(count, -1, -1)),
+            (*(b for _, b in layers), bias.expand(count, -1)),
+        )
 
     def forward(
         self, offsets: Float[Tensor, "B W"], coords: Float[Tensor, "P D"] | Float[Tensor, "B P D"]

@@ -1,15 +1,18 @@
-"""Offsets to tokens (paper, section 3.2): one token per output neuron of each hidden layer."""
+"""Weights to tokens (Gielisse and van Gemert, section 3.2): one token per output neuron of each hidden layer."""
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mwt.siren import Siren
+from mwt.weight_space import Weights
 
 
-def tokens(siren: Siren, offsets: Float[Tensor, "B W"]) -> Float[Tensor, "B T F"]:
-    """Tokens [B, L * H, H + 1]: a neuron's incoming weight offsets, then its bias offset; without the first layer."""
-    hidden = siren.hidden
-    rows = offsets[:, -siren.hidden_layers * (hidden + 1) * hidden :]  # of each layer the weight [in, out], the bias
-    return rows.unflatten(1, (-1, hidden + 1, hidden)).mT.flatten(1, 2)
+def tokens(weights: Weights) -> Float[Tensor, "B T F"]:
+    """Tokens [B, L * H, H + 1]: a neuron's incoming weights, then its bias; first and output layer left out."""
+    hidden = [
+        torch.cat([weight, bias[..., None]], dim=-1)
+        for weight, bias in zip(weights.weights[1:-1], weights.biases[1:-1], strict=True)
+    ]
+    return torch.cat(hidden, dim=1)

@@ -183,7 +183,7 @@ def test_fused_and_plain_attention_agree() -> None:
 def test_attention_is_fused_but_for_half_precision_on_the_cpu(half: bool) -> None:
     model = build()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-        model.reader(torch.randn(2, 64, 65))
+        model.reader.read_tokens(torch.randn(2, 64, 65))
     assert all(block.attn.fused_attn is not half for block in model.reader.blocks)
 
 
@@ -195,7 +195,7 @@ def test_the_first_normalisation_keeps_its_gradient_in_half_precision() -> None:
     def gradient(half: bool) -> torch.Tensor:
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            logits = model.reader(tokens)
+            logits = model.reader.read_tokens(tokens)
         torch.nn.functional.cross_entropy(logits.float(), torch.zeros(8, dtype=torch.int64)).backward()
         return torch.cat([norm.weight.grad, norm.bias.grad])
 

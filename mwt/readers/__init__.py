@@ -1,10 +1,14 @@
-"""Weight-space classifiers: tokens or weights of a fitted field in, class logits out."""
+"""Weight-space classifiers: the weights of fitted networks in, class logits out. One file each, one interface."""
 
 from __future__ import annotations
 
+from mwt.config import ReaderConfig
+from mwt.errors import InputError
+from mwt.readers.interface import Reader, Standardise
 from mwt.readers.transformer import TransformerReader
+from mwt.weight_space import Layout
 
-READERS = {"transformer": TransformerReader}
+READERS: dict[str, type[Reader]] = {"transformer": TransformerReader}
 
 
 def list_readers() -> list[str]:
@@ -12,4 +16,15 @@ def list_readers() -> list[str]:
     return list(READERS)
 
 
-__all__ = ["READERS", "TransformerReader", "list_readers"]
+def make_reader(config: ReaderConfig, *, layout: Layout, classes: int) -> Reader:
+    """The reader that `config` names, for networks of `layout`.
+
+    Raises:
+        InputError: no such reader, an option that it does not have, or a layout that it cannot take.
+    """
+    if config.name not in READERS:
+        raise InputError(f"reader.name is {config.name!r}; there are {', '.join(READERS)}.")
+    return READERS[config.name](config, layout=layout, classes=classes)
+
+
+__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "make_reader"]

@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+from mwt.readers.interface import Reader
+from mwt.tokens import tokens
+from mwt.weight_space import Layout, Weights
 
 
 def _run_block(block: nn.Module, x: Tensor) -> Tensor:
@@ -26,26 +29,30 @@ def _compiled_block() -> Callable[[nn.Module, Tensor], Tensor]:
     return torch.compile(_run_block, dynamic=False)
 
 
-class TransformerReader(nn.Module):
+class TransformerReader(Reader):
     """Pre-norm Transformer over neuron tokens, mean over tokens, linear logits; no class token, no final norm.
 
     Tokens are shifted by a learned base beta and scaled by lambda (equation 7), or, with `token_scale` 0, normalised
-    over tokens and features together.
+    over tokens and features together. It reads the hidden layers, which must be equally wide.
     """
 
-    def __init__(self, config: ReaderConfig, *, tokens: int, features: int, classes: int) -> None:
-        super().__init__()
-        width = features - 1
+    def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
+        super().__init__(config, layout=layout, classes=classes)
+        width = layout.hidden[0]
+        if len(layout.hidden) < 2 or set(layout.hidden) != {width}:
+            raise InputError(
+                f"reader.name=transformer reads hidden layers of one width; these networks are {layout}. It takes two "
+                "sine layers or more, all equally wide."
+            )
         if width % config.head_dim:
             raise InputError(
                 f"siren.hidden is {width}, which is not a multiple of the attention's head dimension "
                 f"(reader.head_dim, {config.head_dim}); choose a multiple of it."
             )
-        self.token_scale = config.token_scale
+        features = width + 1
+        self.token_scale = config.token_scale if config.input == "scale" else 1.0
         self.checkpoint = config.checkpoint
-        self.compiled = False
-        """Whether training goes through torch.compile; see `MetaWeightTransformer.compile_parts`."""
-        self.base = nn.Parameter(torch.zeros(1, tokens, features))
+        self.base = nn.Parameter(torch.zeros(1, sum(layout.hidden[1:]), features))
         self.embed = nn.Linear(features, width)
         self.blocks = nn.ModuleList(
             Block(
@@ -70,8 +77,14 @@ class TransformerReader(nn.Module):
         half = torch.is_autocast_enabled(device.type) or self.embed.weight.dtype.itemsize <= 2
         self.use_fused_attention(not (half and device.type == "cpu"))
 
-    def forward(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
-        """Class logits of a batch of tokenised offsets."""
+    def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
+        """Class logits of a batch of networks, or of their offsets."""
+        if self.standardise is not None:
+            weights = self.standardise(weights)
+        return self.read_tokens(tokens(weights))
+
+    def read_tokens(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
+        """Class logits of a batch of tokenised networks."""
         x = tokens + self.base
         x = x * self.token_scale if self.token_scale else F.layer_norm(x, x.shape[1:], eps=1e-5)
         # Out of half precision at once: the first addition would do it anyway, and torch's layer norm of bf16 on CPUs
