@@ -6,6 +6,7 @@ values that make a published model (`VARIANTS`) at the level where it is named; 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,6 +77,18 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
     except OmegaConfBaseException as error:
         key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
         raise InputError(f"{where}: {_one_line(error)}{key}") from error
+
+
+def read_options(schema: type[ConfigT], options: Mapping[str, Any], where: str) -> ConfigT:
+    """A `dict` of options, as a config holds for a part that it only names, as the part's own dataclass.
+
+    Raises:
+        InputError: an option that the part does not have (with a suggestion), or one of a wrong type.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(options)))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise InputError(f"{where}: {_one_line(error)}") from error
 
 
 def config_yaml(config: object) -> str:

@@ -84,7 +84,7 @@ def test_a_reader_says_what_is_wrong() -> None:
     with pytest.raises(InputError, match="there are transformer"):
         make_reader(ReaderConfig(name="nosuch"), **ten)
     square = {"layout": Layout(sizes=(2, 64, 64, 1), omegas=(30.0, 30.0), shared_output=False), "classes": 10}
-    with pytest.raises(InputError, match=r"reader.options.widht: .* has no such option"):
+    with pytest.raises(InputError, match=r"reader.options of transformer: .*widht"):
         make_reader(ReaderConfig(options={"widht": 3}), **square)
     reader = make_reader(ReaderConfig(input="standardise", blocks=1), **square)
     with pytest.raises(InputError, match="mean and deviation of every weight"):

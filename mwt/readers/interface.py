@@ -9,8 +9,7 @@ class MyReader(Reader):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mwt.config import ReaderConfig
+from mwt.config_files import read_options
 from mwt.errors import InputError
 from mwt.weight_space import Layout, Weights
 
@@ -87,7 +87,7 @@ class Reader(nn.Module):
         super().__init__()
         self.layout = layout
         self.classes = classes
-        self.options: Any = read_options(config, self.Options)
+        self.options: Any = read_options(self.Options, config.options, f"reader.options of {config.name}")
         self.compiled = False
         """Whether training may go through torch.compile; see `MetaWeightTransformer.compile_parts`."""
         self.input = config.input
@@ -112,24 +112,3 @@ class Reader(nn.Module):
     def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of networks, or of their offsets."""
         raise NotImplementedError
-
-
-def read_options(config: ReaderConfig, schema: type) -> Any:
-    """`reader.options` as the reader's own dataclass.
-
-    Raises:
-        InputError: an option that the reader does not have (with a suggestion), or one of the wrong type.
-    """
-    known = {field.name: field for field in fields(schema)}
-    for key, value in config.options.items():
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(
-                f"reader.options.{key}: the reader {config.name} has no such option; it has "
-                f"{', '.join(known) or 'none'}.{hint}"
-            )
-        kind = type(known[key].default)
-        if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
-            raise InputError(f"reader.options.{key} is {value!r}; it must be of type {kind.__name__}.")
-    return schema(**config.options)
