@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as v2
 
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
@@ -247,7 +246,11 @@ def decode_signal(data: bytes, extension: str, facts: SignalFacts, where: str) -
 
 def resize(image: UInt8[Tensor, "C h w"], height: int, width: int) -> UInt8[Tensor, "C h2 w2"]:
     """Antialiased bilinear resizing to exactly `height` x `width`; the aspect ratio is not kept."""
-    return image if image.shape[1:] == (height, width) else v2.resize(image, [height, width], antialias=True)
+    if image.shape[1:] == (height, width):
+        return image
+    from torchvision.transforms.v2 import functional as v2  # two seconds, which most programs never need
+
+    return v2.resize(image, [height, width], antialias=True)
 
 
 def encode_png(image: UInt8[Tensor, "C h w"]) -> bytes:
