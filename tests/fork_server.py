@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import importlib, json, os, signal, sys, time
-import torch.distributed, train.classify
+import torch.distributed, torchmetrics.functional, train.classify
 from mwt.runtime import run_program
 
 def become(order, environment):
