@@ -15,7 +15,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from mwt.errors import InputError
 
@@ -28,7 +30,7 @@ _NAMED = 5  # samples, and shards, that the report at the end names
 class BadSamples:
     """The bad samples of a split that this process has come upon, each counted once, in whatever epoch.
 
-    Each process counts its own, holds `max_bad` against them alone, and reports them.
+    Each process counts its own and holds `max_bad` against them alone; `gather` puts them together for a report.
     Safe to be used from several threads.
     """
 
@@ -86,6 +88,20 @@ class BadSamples:
             self._shards[str(error)] = None
         if not known:
             logger.warning("%s Its samples are used as far as they can be.", error)
+
+    def gather(self) -> None:
+        """Take in what the other processes of the group have come upon, so that one of them can report all of it once.
+
+        Every process of the group calls it; nothing happens where there is none.
+        """
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, (self._found, self._shards))
+        with self._lock:
+            for found, shards in everywhere:
+                self._found |= found
+                self._shards |= shards
 
     def report(self) -> str:
         """What was skipped, and which shards have faults, for the end of a run; empty where there is nothing to say."""

@@ -190,11 +190,9 @@ def batch_of(rows: list[Row]) -> Batch:
     Raises:
         InputError: signals of different sizes.
     """
-    first = rows[0].signal
-    stored = first.new_empty(len(rows), *in_row(first).shape)
-    for row, target in zip(rows, stored, strict=True):
-        check_one_size(first, row)
-        target.copy_(in_row(row.signal))
+    for row in rows:
+        check_one_size(rows[0].signal, row)
+    stored = torch.stack([in_row(row.signal) for row in rows])
     labels, positions = torch.tensor([row.label for row in rows]), torch.tensor([row.position for row in rows])
     return as_batch(stored, labels, positions)
 

@@ -30,7 +30,6 @@ from mwt.grid import Cell, Job, expand, select
 from mwt.grid_config import GridConfig, load_grid
 from mwt.grid_jobs import Child, Runner, own_folder
 from mwt.grid_table import as_csv, as_markdown, as_text, collect, finished, points, read_record, records
-from mwt.plots import figure_png, tradeoff_figure
 from mwt.runtime import StopRequested, environment, run_program, write_json
 
 
@@ -143,6 +142,8 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
         titles = [column.title for column in (grid.columns[plot.x], grid.columns[plot.y])]
         curves = [(name, curve) for name, curve in points(rows, plot) if curve]
         if curves:
+            from mwt.plots import figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
+
             figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1])
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")

@@ -10,12 +10,16 @@ print(prediction.label, prediction.psnr)
 
 from __future__ import annotations
 
-from mwt.config import ClassifyConfig, ModelConfig, list_variants
-from mwt.config_files import load_config
-from mwt.errors import InputError, TrainingError
-from mwt.model import MetaWeightTransformer, Prediction, list_builtin_models
-from mwt.readers import list_readers
-from mwt.structs import Batch, Fit, Losses, Observations, Output, SignalFacts
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mwt.config import ClassifyConfig, ModelConfig, list_variants
+    from mwt.config_files import load_config
+    from mwt.errors import InputError, TrainingError
+    from mwt.model import MetaWeightTransformer, Prediction, list_builtin_models
+    from mwt.readers import list_readers
+    from mwt.structs import Batch, Fit, Losses, Observations, Output, SignalFacts
 
 __version__ = "0.1.0"
 
@@ -37,3 +41,24 @@ __all__ = [
     "list_variants",
     "load_config",
 ]
+
+_HOME = {
+    "mwt.config": ("ClassifyConfig", "ModelConfig", "list_variants"),
+    "mwt.config_files": ("load_config",),
+    "mwt.errors": ("InputError", "TrainingError"),
+    "mwt.model": ("MetaWeightTransformer", "Prediction", "list_builtin_models"),
+    "mwt.readers": ("list_readers",),
+    "mwt.structs": ("Batch", "Fit", "Losses", "Observations", "Output", "SignalFacts"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: programs that only read data need neither the model nor timm, which take seconds.
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -34,7 +34,8 @@ class Signals(Protocol):
 
     name: str
     bad: Any
-    """Its `report()` is a sentence about samples that could not be used, or empty."""
+    """Its `report()` is a sentence about samples that could not be used, or empty; `gather()` makes it that of all
+    processes."""
 
     def __len__(self) -> int: ...
 

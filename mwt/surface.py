@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from mwt.rng import uniform
@@ -42,6 +41,8 @@ def distances(queries: Float[Tensor, "B Q 3"], surface: Float[Tensor, "B N 3"]) 
     all differences, a part at a time. No expansion of the square: near the surface it would lose most of the digits.
     """
     if queries.device.type == "cpu":
+        from scipy.spatial import cKDTree  # half a second, for surfaces alone
+
         pairs = zip(queries.numpy(), surface.numpy(), strict=True)
         threads = torch.get_num_threads()
         found = [cKDTree(points).query(asked, workers=threads)[0] for asked, points in pairs]

@@ -82,6 +82,16 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts programs in processes of their own, without the seconds that importing takes."""
+    from tests.fork_server import Server
+
+    made = Server(tmp_path_factory.mktemp("server"))
+    yield made
+    made.close()
+
+
 @pytest.fixture(autouse=True)
 def same_every_time() -> Iterator[None]:
     """Every test starts with the same seeds and one thread, and leaves no signal handler behind."""

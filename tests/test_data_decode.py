@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.transforms import v2
 
 from data_pipes import decode
@@ -52,6 +52,47 @@ def pil(tensor: torch.Tensor) -> Image.Image:
 @pytest.mark.parametrize(("extension", "kind", "options"), [("png", "PNG", {}), ("webp", "WEBP", {"lossless": True})])
 def test_lossless_formats(image: torch.Tensor, extension: str, kind: str, options: dict[str, Any]) -> None:
     assert torch.equal(decode_image(encoded(pil(image), kind, **options), extension, image.shape[0], "x"), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_plain_pngs_are_decoded_as_pil_decodes_them(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchvision where it is loaded, in the same layout; PIL opens none of them, and all others."""
+    channels = {"L": 1, "RGB": 3}[mode]
+    source = np.random.default_rng(3)
+    files = []
+    for height, width in ((1, 1), (7, 5), (32, 32), (300, 200)):
+        smooth = np.arange(width)[:, None] * np.ones(channels) + np.arange(height)[:, None, None]
+        noise = source.integers(0, 256, (height, width, channels))
+        for array in (smooth, noise):
+            image = Image.fromarray(array.astype(np.uint8).squeeze(-1) if mode == "L" else array.astype(np.uint8))
+            for level in (0, 9):
+                stream = io.BytesIO()
+                image.save(stream, "PNG", compress_level=level)
+                files.append((stream.getvalue(), np.asarray(image.convert(mode))))
+    opened = []
+    true_open = decode.open_image
+    monkeypatch.setattr(decode, "open_image", lambda *a, **k: opened.append(a) or true_open(*a, **k))
+    for data, pixels in files:
+        found = decode_image(data, "png", channels, "x", pixels.shape[:2])
+        expected = torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).permute(2, 0, 1)
+        assert torch.equal(found, expected)
+        assert found.permute(1, 2, 0).is_contiguous()
+    assert opened == []
+    data, pixels = files[4]
+    text = io.BytesIO()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("a", "b")
+    Image.fromarray(pixels).save(text, "PNG", pnginfo=info)
+    interlaced = bytearray(data)
+    interlaced[28] = 1
+    interlaced[29:33] = zlib.crc32(bytes(interlaced[12:29])).to_bytes(4, "big")
+    for other in (text.getvalue(), data + b"x", data[:-1], bytes(interlaced), data.replace(b"IDAT", b"IDAX")):
+        with contextlib.suppress(InputError):
+            assert decode_image(other, "png", channels, "x").shape == (channels, *pixels.shape[:2])
+    with pytest.raises(InputError, match=r"x has 7 x 5 pixels, but the data set says 8 x 5"):
+        decode_image(data, "png", channels, "x", (8, 5))
+    assert decode_image(data, "png", 4 - channels, "x").shape[0] == 4 - channels
+    assert len(opened) == 7
 
 
 def test_encode_png_is_undone() -> None:
@@ -272,7 +313,7 @@ def test_damaged_images_never_end_the_process() -> None:
     program = """
 import io, sys, time
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from data_pipes.decode import decode_image
 from mwt.errors import InputError
 

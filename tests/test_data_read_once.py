@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from data_pipes.read import open_split
 from data_pipes.split import Epoch
 from data_pipes.write import Sample, write_dataset
 from mwt.structs import SignalFacts
+from tests.fork_server import Server
 
 CPU = torch.device("cpu")
 FACTS = SignalFacts(kind="image", channels=1, height=4, width=4, classes=tuple("abc"))
@@ -92,9 +91,10 @@ from mwt.config_files import load_config
 from mwt.evaluation import evaluate
 from mwt.model import MetaWeightTransformer
 
-torch.distributed.init_process_group("gloo")
-rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-folder, out = sys.argv[1:3]
+folder, out, world = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if world > 1:
+    torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank() if world > 1 else 0
 results = {}
 for reader in ("resident", "indexed", "stream"):
     for size in (3, 8):
@@ -108,22 +108,17 @@ for reader in ("resident", "indexed", "stream"):
 if rank == 0:
     with open(out, "w") as file:
         json.dump(results, file)
-torch.distributed.destroy_process_group()
+if world > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
-def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_path: Path) -> None:
+def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_path: Path, server: Server) -> None:
     """19 samples over 1 and 3 processes: the same samples, labels and metrics."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
     results = []
     for world in (1, 3):
         out = tmp_path / f"{world}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}",
-                   str(program), str(folder), str(out)]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        server.run(str(folder), str(out), str(world), program="", code=PROGRAM, ranks=world)
         results.append(json.loads(out.read_text()))
     for result in results:
         for name, (positions, labels, summary) in result.items():

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from scipy.stats import kstest
 from torch import Tensor
 
 from data_pipes.augment import augment
-from mwt import surface
 from mwt.config import InnerLoopConfig
 from mwt.observe import observe
 from mwt.structs import Batch
@@ -44,12 +44,12 @@ def test_threads_do_not_change_distances(monkeypatch: pytest.MonkeyPatch) -> Non
     """As many as torch uses, and bit for bit the same."""
     asked = []
 
-    class Tree(surface.cKDTree):  # type: ignore[misc]
+    class Tree(cKDTree):  # type: ignore[misc]
         def query(self, *arguments: Any, **options: Any) -> Any:
             asked.append(options["workers"])
             return super().query(*arguments, **options)
 
-    monkeypatch.setattr(surface, "cKDTree", Tree)
+    monkeypatch.setattr("scipy.spatial.cKDTree", Tree)
     shape, queries = torch.rand(2, 5000, 3), torch.rand(2, 20_000, 3)
     found = []
     for threads in (1, 3):

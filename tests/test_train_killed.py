@@ -5,100 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mwt.tracking import read_metrics
+from tests.fork_server import Server
+from tests.runs import last_step, rows
 
 ROOT = Path(__file__).parents[1]
-MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
 # 40 steps in 4 epochs, an evaluation after each, a checkpoint after every step.
 ARGUMENTS = (
     "--debug", "data.limit=80", "optim.epochs=4", "run.checkpoint_minutes=1e-9",
     "data.augment=crop", "data.crop_padding=1", "optim.ema=0.9", "run.eval_batch_size=16",
 )  # fmt: skip
-
-SERVER = """
-import json, os, sys
-from train.classify import main
-from mwt.runtime import run_program
-
-print("ready 0", flush=True)
-for line in sys.stdin:
-    if line.strip() == "wait":
-        _, status = os.waitpid(child, 0)
-        print("status", os.waitstatus_to_exitcode(status), flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        run_program(main, json.loads(line))
-    print("started", child, flush=True)
-"""
-
-
-class Server:
-    """A process that has imported everything and forks one that trains for each line: starting takes no seconds."""
-
-    def __init__(self, errors: Path) -> None:
-        self._errors = errors.open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", SERVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._errors, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
-        self._answer("ready")
-
-    def start(self, *arguments: str) -> int:
-        """The process id of one that trains; it stays valid until `status`."""
-        return self._ask(json.dumps(arguments), "started")
-
-    def status(self) -> int:
-        """Wait for it: its exit status, negative if a signal ended it."""
-        return self._ask("wait", "status")
-
-    def errors(self) -> str:
-        self._errors.seek(0)
-        return self._errors.read()
-
-    def _ask(self, line: str, what: str) -> int:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._answer(what)
-
-    def _answer(self, what: str) -> int:
-        assert self._process.stdout is not None
-        kind, number = self._process.stdout.readline().split()
-        assert kind == what, self.errors()[-3000:]
-        return int(number)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._errors.close()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server") / "stderr")
-    yield made
-    made.close()
 
 
 @dataclass(frozen=True)
@@ -137,13 +63,9 @@ def leave_alone(server: Server, run: Path, arguments: tuple[str, ...]) -> Undist
     while not (run / "checkpoints" / "last.json").is_file() and time.monotonic() < began + 60:
         time.sleep(0.01)
     first = time.monotonic()
-    assert server.status() == 0, server.errors()[-3000:]
-    steps = lines(run)[-1]["step"]
+    assert server.status() == 0, server.said()[-3000:]
+    steps = rows(run)[-1]["step"]
     return Undisturbed(run, arguments, start=first - began, step=(time.monotonic() - first) / steps)
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_metrics(run / "metrics.jsonl")]
 
 
 def checkpoint(run: Path) -> dict[str, torch.Tensor]:
@@ -196,17 +118,17 @@ def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, see
             time.sleep(plain.start + draw.uniform(0, 2) * plain.step)
             hit = kill_when_writing(run, child, KINDS[kind], (12 if kind == "best" else 4) * plain.step)
         status = server.status()
-        assert status in (-signal.SIGKILL, 0), server.errors()[-3000:]
+        assert status in (-signal.SIGKILL, 0), server.said()[-3000:]
         if status == 0:
             break
         killed += 1
         counts[kind] += hit
         counts["before any checkpoint"] += check_unharmed(run) == 0
     server.start("--resume", f"run.dir={run}")
-    assert server.status() == 0, server.errors()[-3000:]
+    assert server.status() == 0, server.said()[-3000:]
     assert killed == kills, f"the run was over after {killed} kills"
-    assert lines(run) == lines(plain.run)
-    places = [(row["step"], row["split"]) for row in lines(run)]
+    assert rows(run) == rows(plain.run)
+    places = [(row["step"], row["split"]) for row in rows(run)]
     assert len(places) == len(set(places)), "a step was logged twice"
     ours, theirs = checkpoint(run), checkpoint(plain.run)
     assert ours.keys() == theirs.keys()
@@ -219,7 +141,7 @@ def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, see
 
 def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
     plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, validated(tmp_path)))
-    assert len(lines(plain.run)) == 44
+    assert len(rows(plain.run)) == 44
     kill_often(server, tmp_path / "run", plain, kills=3, seed=1)
 
 
@@ -238,23 +160,16 @@ def test_killed_before_anything_is_there_it_can_be_started_or_resumed(tmp_path: 
     for name in ("overrides.txt", "env.json", ".config.yaml.123"):  # the configuration comes last
         (run / name).write_text("{")
     server.start("--debug", f"run.dir={run}", "optim.epochs=2")
-    assert server.status() == 0, server.errors()[-3000:]
-    finished = lines(run)
+    assert server.status() == 0, server.said()[-3000:]
+    finished = rows(run)
     for path in (run / "checkpoints").rglob("*"):
         path.unlink() if path.is_file() else None
     server.start("--resume", f"run.dir={run}")
-    assert server.status() == 0, server.errors()[-3000:]
-    assert lines(run) == finished
+    assert server.status() == 0, server.said()[-3000:]
+    assert rows(run) == finished
 
 
 # ---- no room ------------------------------------------------------------------------------------------------------
-
-
-def in_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "train.classify", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}, timeout=200, **options,
-    )  # fmt: skip
 
 
 def test_a_file_size_limit_is_met_with_a_sentence_and_the_last_checkpoint_is_kept(
@@ -267,25 +182,20 @@ def test_a_file_size_limit_is_met_with_a_sentence_and_the_last_checkpoint_is_kep
         time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
     assert server.status() == 143
-    before, step = checkpoint_files(run), check_step(run)
+    before, step = checkpoint_files(run), last_step(run)
     limit = max(size for _, size in before.values()) - 1000
-    done = in_process(
-        "--resume", f"run.dir={run}", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    assert done.returncode == 2, done.stderr[-3000:]
-    [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    server.start("--resume", f"run.dir={run}", code=code)
+    assert server.status() == 2, server.said()[-3000:]
+    [said] = [line for line in server.said().splitlines() if line.startswith("error: ")]
     assert "could not be written" in said
     assert "File too large" in said
     assert f"the last one, step-{step:08d}, is untouched, and --resume goes on from there" in said
     assert str(run / "checkpoints") in said
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in server.said()
     assert checkpoint_files(run) == before
     server.start("--resume", f"run.dir={run}", "run.checkpoint_minutes=5")
-    assert server.status() == 0, server.errors()[-3000:]
-
-
-def check_step(run: Path) -> int:
-    return int(json.loads((run / "checkpoints" / "last.json").read_text())["folder"].removeprefix("step-"))
+    assert server.status() == 0, server.said()[-3000:]
 
 
 def checkpoint_files(run: Path) -> dict[str, tuple[bytes, int]]:
@@ -294,7 +204,9 @@ def checkpoint_files(run: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p.relative_to(run)): (p.read_bytes(), p.stat().st_size) for p in files}
 
 
-def test_a_full_file_system_is_met_with_a_sentence_and_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_a_full_file_system_is_met_with_a_sentence_and_the_last_checkpoint_is_kept(
+    tmp_path: Path, server: Server
+) -> None:
     """A real one that has room for one checkpoint of 2.3 MB and not for two, where this process may make one."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -303,12 +215,12 @@ def test_a_full_file_system_is_met_with_a_sentence_and_the_last_checkpoint_is_ke
         pytest.skip("this process may not mount a file system")
     try:
         run = disk / "run"
-        done = in_process("--debug", f"run.dir={run}", "data.limit=40", "optim.epochs=3", "run.log_every=1000")
-        assert done.returncode == 2, done.stderr[-3000:]
-        assert "No space left on device" in done.stderr
-        assert "the last one, step-00000005, is untouched" in done.stderr
-        assert "Traceback" not in done.stderr
-        assert check_step(run) == 5
+        server.start("--debug", f"run.dir={run}", "data.limit=40", "optim.epochs=3", "run.log_every=1000")
+        assert server.status() == 2, server.said()[-3000:]
+        assert "No space left on device" in server.said()
+        assert "the last one, step-00000005, is untouched" in server.said()
+        assert "Traceback" not in server.said()
+        assert last_step(run) == 5
         folder = run / "checkpoints" / "step-00000005"
         assert len(load_file(folder / "model.safetensors")) > 0
         assert len(load_file(folder / "optimizer.safetensors")) > 0
@@ -325,16 +237,16 @@ def test_sigterm_within_a_long_evaluation_is_not_waited_for(tmp_path: Path, serv
     run = tmp_path / "run"
     # One image at a time: some seconds, of which the first must do.
     child = server.start(
-        "--debug", f"run.dir={run}", "data.limit=300", "data.train_split=test", "data.monitor_split=train",
-        "data.batch_size=150", "run.eval_batch_size=1", "inner_loop.points=null", "inner_loop.steps=16",
+        "--debug", f"run.dir={run}", "data.limit=160", "data.train_split=test", "data.monitor_split=train",
+        "data.batch_size=80", "run.eval_batch_size=1", "inner_loop.points=null", "inner_loop.steps=8",
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "last.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(child, signal.SIGTERM)
     assert server.status() == 143  # although all steps are made
-    assert [row["split"] for row in lines(run)] == ["test", "test"]
-    assert check_step(run) == 2
+    assert [row["split"] for row in rows(run)] == ["test", "test"]
+    assert last_step(run) == 2
     server.start("--resume", f"run.dir={run}", "run.eval_batch_size=256")
-    assert server.status() == 0, server.errors()[-3000:]
-    assert [row["split"] for row in lines(run)] == ["test", "test", "train"]
+    assert server.status() == 0, server.said()[-3000:]
+    assert [row["split"] for row in rows(run)] == ["test", "test", "train"]

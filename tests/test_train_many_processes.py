@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mwt.tracking import read_metrics
+from tests.fork_server import Server, free_port
+from tests.runs import check_alike, last_step, rows, tensors
 
 ROOT = Path(__file__).parents[1]
-MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
 TWENTY = ("--debug", "data.limit=80", "optim.epochs=2", "data.monitor_split=test")
 """20 steps of 8 signals, each step of the inner loop on 16 of 64 points."""
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
@@ -56,38 +53,15 @@ def finish(*started: subprocess.Popen[str], status: int | None = 0, seconds: flo
     return said
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in MACHINE} for row in read_metrics(run / "metrics.jsonl")]
-
-
-def tensors(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
-    return load_file(run / "checkpoints" / folder / file)
-
-
-def check_alike(one: Path, other: Path, tolerance: float = 1e-6) -> None:
-    """The same lines in the log, losses and parameters within `tolerance`."""
-    ours, theirs = rows(one), rows(other)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for key, value in a.items():
-            near = pytest.approx(value, rel=10 * tolerance, abs=tolerance) if isinstance(value, float) else value
-            assert b[key] == near, (a["step"], key)
-    parameters = tensors(other)
-    for name, value in tensors(one).items():
-        torch.testing.assert_close(parameters[name], value, rtol=0, atol=tolerance, msg=name)
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def alone(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Any:
     """Runs of one process, made once for each set of arguments."""
     made: dict[tuple[str, ...], Path] = {}
 
     def make(*arguments: str) -> Path:
         if arguments not in made:
             made[arguments] = tmp_path_factory.mktemp("alone") / "run"
-            finish(start((), made[arguments], *arguments))
+            server.run(*arguments, f"run.dir={made[arguments]}")
         return made[arguments]
 
     return make
@@ -103,12 +77,6 @@ def test_two_processes_of_torchrun_do_what_one_does(tmp_path: Path, alone: Any) 
     assert rows(two)[-1]["step"] == 20
     check_alike(alone(*AUGMENTED), two)
     assert tensors(two).keys() == tensors(two, "raw.safetensors").keys()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -169,9 +137,7 @@ def test_a_launcher_of_several_processes_passes_sigterm_on_and_the_run_is_saved(
     said = finish(process, status=None)
     assert time.monotonic() - asked < 20
     assert "saved. Go on with:" in said
-    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
-    step = int(folder.removeprefix("step-"))
-    assert step >= rows(run)[-1]["step"] > 0
+    assert last_step(run) >= rows(run)[-1]["step"] > 0
     assert len(tensors(run)) > 0
 
 
@@ -184,44 +150,4 @@ def test_accelerate_passes_no_sigterm_on_to_a_single_process_but_that_ends_with_
     process.send_signal(signal.SIGTERM)
     said = finish(process, status=-signal.SIGTERM)  # waits for the end of all output, so for the end of the run
     assert "saved. Go on with:" in said
-    folder = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]
-    assert rows(run)[-1]["step"] <= int(folder.removeprefix("step-")) < 20000
-
-
-NONFINITE = """
-import sys, torch, train.classify, mwt.training
-from torch._subclasses.fake_tensor import FakeTensor
-from mwt.observe import observe
-from mwt.runtime import run_program
-
-def poisoned(batch, *args, **kwargs):
-    seen = observe(batch, *args, **kwargs)
-    calls.append(not isinstance(batch.labels, FakeTensor))  # those are of the memory estimate
-    if sum(calls) == 3 and torch.distributed.get_rank() == 1:
-        seen.values[:] = float("nan")
-    return seen
-
-calls = []
-mwt.training.observe = poisoned
-run_program(train.classify.main, sys.argv[1:])
-"""
-
-
-def test_one_process_meets_nan_and_both_skip_the_step(tmp_path: Path) -> None:
-    """The step is skipped in both, or their weights would part; the report names the samples of both."""
-    script = tmp_path / "poisoned.py"
-    script.write_text(NONFINITE)
-    run = tmp_path / "run"
-    arguments = [*TWENTY[:3], "run.on_nonfinite=skip", f"run.dir={run}", "run.log_every=2"]
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(script), *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Step 3 was skipped" in done.stderr
-    [report] = (run / "nonfinite").iterdir()
-    samples = json.loads(report.read_text())["samples"]
-    assert len(samples) == 8
-    assert len({sample["key"] for sample in samples}) == 8
-    assert rows(run)[-1]["skipped"] == 1
-    assert all(value.isfinite().all() for value in tensors(run).values())
+    assert rows(run)[-1]["step"] <= last_step(run) < 20000

@@ -260,8 +260,10 @@ def main(argv: list[str] | None = None) -> int:
             describe(run, split, need, compiled=compiled)
         status = train(run, stack.enter_context(StopRequested()))
     for part in (run.train, run.monitored):
-        if part is not None and (skipped := part.bad.report()):  # each process says what it has come upon
-            print(f"warning: {skipped}", file=sys.stderr)
+        if part is not None:
+            part.bad.gather()
+            if accelerator.is_main_process and (skipped := part.bad.report()):
+                print(f"warning: {skipped}", file=sys.stderr)
     if config.run.trackers:
         accelerator.end_training()
     if status == 0 and accelerator.is_main_process:

@@ -12,7 +12,6 @@ from pathlib import Path
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as v2
 
 from data_pipes.decode import encode_png, image_to_tensor, open_image, resize
 from data_pipes.write import Sample
@@ -109,6 +108,8 @@ def fit_to(image: UInt8[Tensor, "C h w"], size: tuple[int, int], fit: str) -> UI
     if fit == "crop":
         scale = max(height / image.shape[1], width / image.shape[2])
         covering = max(height, round(image.shape[1] * scale)), max(width, round(image.shape[2] * scale))
+        from torchvision.transforms.v2 import functional as v2  # as in `resize`
+
         return v2.center_crop(resize(image, *covering), [height, width])
     return resize(image, height, width)
 
