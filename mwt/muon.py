@@ -115,8 +115,8 @@ def check_layout(name: str, parameter: Tensor, layout: str | None) -> None:
         )
     if layout is None and ndim > 2:
         raise InputError(
-            f"Muon: {name} {shape} has {ndim} axes; say in its group which are the matrices: layout='out_in' or 'in_out' "
-            "for a stack of matrices, 'conv' for a kernel [out, in, *space]."
+            f"Muon: {name} {shape} has {ndim} axes; say in its group which are the matrices: layout='out_in' or "
+            "'in_out' for a stack of matrices, 'conv' for a kernel [out, in, *space]."
         )
     if layout == "conv" and ndim < 3:
         raise InputError(f"Muon: layout='conv', but {name} {shape} is no kernel [out, in, *space].")
@@ -134,9 +134,10 @@ def _name(group: dict[str, Any], index: int) -> str:
 class Muon(torch.optim.Optimizer):
     """Muon on groups with `use_muon=True`, Adam with decoupled decay (AdamW) on the others; one state for both.
 
-    Keys of a Muon group: lr (to be given: see `mwt.muon_groups.default_lr`), momentum, nesterov, weight_decay, ns_steps,
-    ns_coefficients, ns_dtype (bf16 or fp32; auto: bf16 on CUDA, fp32 elsewhere; float64 and complex parameters always
-    their own), eps, adjust (one of ADJUST), layout (one of LAYOUTS). The step of a matrix W with gradient G:
+    Keys of a Muon group: lr (to be given: see `mwt.muon_groups.default_lr`), momentum, nesterov, weight_decay,
+    ns_steps, ns_coefficients, ns_dtype (bf16 or fp32; auto: bf16 on CUDA, fp32 elsewhere; float64 and complex
+    parameters always their own), eps, adjust (one of ADJUST), layout (one of LAYOUTS). The step of a matrix W with
+    gradient G:
 
         M <- momentum M + (1 - momentum) G
         U <- momentum M + (1 - momentum) G  with Nesterov, else M
@@ -144,8 +145,8 @@ class Muon(torch.optim.Optimizer):
 
     Its length depends on lr alone, not on the gradient: without rates that fall to about 0 it does not converge.
 
-    Keys of an Adam group: lr, betas, eps, weight_decay, as of torch.optim.AdamW, whose fused kernel computes it. Keys of
-    the other kind are refused. Parameters may be given as (name, parameter), for the sake of messages.
+    Keys of an Adam group: lr, betas, eps, weight_decay, as of torch.optim.AdamW, whose fused kernel computes it. Keys
+    of the other kind are refused. Parameters may be given as (name, parameter), for the sake of messages.
 
     Gradients are not touched; parameters without one are left alone. A `found_inf` set by a gradient scaler, or by
     `mwt.optim.step_if_finite`, makes the step do nothing, without waiting for the device.
@@ -189,7 +190,7 @@ class Muon(torch.optim.Optimizer):
                 raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure` computes the loss again, with gradients, and what it returns is returned."""
         loss = None
         if closure is not None:
@@ -252,7 +253,7 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter].update(
-                    step=torch.zeros((), device=parameter.device),
+                    step=torch.zeros((), dtype=torch.float32, device=parameter.device),
                     exp_avg=torch.zeros_like(parameter),
                     exp_avg_sq=torch.zeros_like(parameter),
                 )

@@ -123,6 +123,7 @@ def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Se
             raise InputError(f"{type(module).__name__}: muon_parameters() names a tensor that is no parameter of it.")
     unused, roles = set(exclude), []
     for name, parameter in named.items():
+        layout: str | None
         layout, why = found.get(id(parameter), (None, "vector" if parameter.ndim < 2 else "no hidden matrix"))
         if layout is not None and (patterns := [pattern for pattern in exclude if fnmatchcase(name, pattern)]):
             unused.difference_update(patterns)
@@ -135,14 +136,14 @@ def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Se
     split = Split(tuple(roles))
     if not split.muon:
         raise InputError(
-            f"{type(module).__name__} has no weight matrix between two hidden layers, so there is nothing for Muon; use "
-            "Adam, or let the network name its matrices with a method muon_parameters()."
+            f"{type(module).__name__} has no weight matrix between two hidden layers, so there is nothing for Muon; "
+            "use Adam, or let the network name its matrices with a method muon_parameters()."
         )
     return split
 
 
-def _declared(module: nn.Module, muon_first: bool) -> Iterator[tuple[nn.Parameter, str, str]]:
-    """Parameter, layout and role of what the modules declare, the outermost first."""
+def _declared(module: nn.Module, muon_first: bool, *, whole: bool = True) -> Iterator[tuple[nn.Parameter, str, str]]:
+    """Parameter, layout and role of what the modules declare, the outermost first; `whole`: not a part of another."""
     if isinstance(module, MuonModule):
         matrices = module.muon_parameters()
         if muon_first:
@@ -152,16 +153,24 @@ def _declared(module: nn.Module, muon_first: bool) -> Iterator[tuple[nn.Paramete
             yield first, matrices[0][2], "first layer, by muon_first"
         for _, parameter, layout in matrices:
             yield parameter, layout, f"hidden matrix, {layout}"
-    elif isinstance(module, nn.Sequential):
-        layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        if len(layers) >= 3 and muon_first:
+    elif whole and isinstance(module, nn.Sequential) and not any(isinstance(m, MuonModule) for m in module.modules()):
+        layers = list(_linear_layers(module))
+        if muon_first and len(layers) > 2:
             yield layers[0].weight, "out_in", "first layer, by muon_first"
         for layer in layers[1:-1]:
             yield layer.weight, "out_in", "hidden matrix, out_in"
     else:
         for child in module.children():
-            if not isinstance(child, nn.Sequential) or isinstance(child, MuonModule):
-                yield from _declared(child, muon_first)
+            yield from _declared(child, muon_first, whole=False)
+
+
+def _linear_layers(sequence: nn.Sequential) -> Iterator[nn.Linear]:
+    """In the order of computation, through sequences within sequences and nothing else."""
+    for layer in sequence:
+        if isinstance(layer, nn.Linear):
+            yield layer
+        elif isinstance(layer, nn.Sequential):
+            yield from _linear_layers(layer)
 
 
 def default_lr(matrices: Iterable[Tensor], *, relative: float = RELATIVE_LR) -> float:
