@@ -64,12 +64,12 @@ class Split:
         """The others."""
         return [role for role in self.roles if role.layout is None]
 
-    def muon_groups(self, *, lr: float | None = None, relative: float = RELATIVE_LR, **options: Any) -> list[Any]:
+    def muon_groups(self, *, lr: float | None = None, **options: Any) -> list[Any]:
         """Groups of `mwt.muon.Muon`, one for each layout. `lr` None: `default_lr` of the group's matrices."""
         groups = []
         for layout in dict.fromkeys(role.layout for role in self.muon):
             roles = [role for role in self.muon if role.layout == layout]
-            rate = default_lr([role.matrices for role in roles], relative=relative) if lr is None else lr
+            rate = default_lr([role.matrices for role in roles]) if lr is None else lr
             params = [(role.name, role.parameter) for role in roles]
             groups.append({"params": params, "use_muon": True, "lr": rate, "layout": layout, **options})
         return groups
@@ -115,15 +115,13 @@ def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Se
         InputError: nothing qualifies, a pattern matches none of the matrices, or a module names what it does not have.
     """
     named = dict(module.named_parameters())
-    found: dict[int, tuple[str, str]] = {}
-    for parameter, layout, why in _declared(module, muon_first):
-        found.setdefault(id(parameter), (layout, why))
-    for parameter_id in found:
-        if parameter_id not in {id(parameter) for parameter in named.values()}:
-            raise InputError(f"{type(module).__name__}: muon_parameters() names a tensor that is no parameter of it.")
+    found: dict[int, tuple[str | None, str]] = {}
+    for matrix, declared, role in _declared(module, muon_first):
+        found.setdefault(id(matrix), (declared, role))
+    if found.keys() - {id(parameter) for parameter in named.values()}:
+        raise InputError(f"{type(module).__name__}: muon_parameters() names a tensor that is no parameter of it.")
     unused, roles = set(exclude), []
     for name, parameter in named.items():
-        layout: str | None
         layout, why = found.get(id(parameter), (None, "vector" if parameter.ndim < 2 else "no hidden matrix"))
         if layout is not None and (patterns := [pattern for pattern in exclude if fnmatchcase(name, pattern)]):
             unused.difference_update(patterns)
@@ -142,7 +140,7 @@ def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Se
     return split
 
 
-def _declared(module: nn.Module, muon_first: bool, *, whole: bool = True) -> Iterator[tuple[nn.Parameter, str, str]]:
+def _declared(module: nn.Module, muon_first: bool, *, whole: bool = True) -> Iterator[tuple[Tensor, str, str]]:
     """Parameter, layout and role of what the modules declare, the outermost first; `whole`: not a part of another."""
     if isinstance(module, MuonModule):
         matrices = module.muon_parameters()

@@ -24,7 +24,9 @@ from mwt.muon_groups import Split, split_parameters
 def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with the groups siren, alpha and reader, each with its own learning rate; or Muon, and AdamW for the rest.
 
-    Muon's groups follow those of AdamW and bear the name of the part that they belong to.
+    Muon's groups follow those of AdamW and bear the name of the part that they belong to. Their updates are made as
+    large as AdamW's, so that rates and decay mean the same for both (Liu et al. 2025, "Muon is scalable for LLM
+    training", section 2.2).
     """
     rates = {"siren": config.lr_siren, "alpha": config.lr_alpha, "reader": config.lr_reader}
     if config.name == "muon":
@@ -40,7 +42,7 @@ def _make_muon(model: MetaWeightTransformer, config: OptimConfig, rates: dict[st
         part = Split(tuple(role for role in split.roles if role.name.startswith(f"{name}.")))
         rest = [(role.name, role.parameter) for role in part.adam]
         adam.append({"params": rest, "use_muon": False, "lr": rate, "name": name})
-        muon += part.muon_groups(relative=config.muon_relative_lr, name=name)
+        muon += part.muon_groups(lr=rate * config.muon_factor, adjust="match_rms_adamw", name=name)
     return Muon([{**group, "weight_decay": config.weight_decay} for group in adam + muon])
 
 
