@@ -75,15 +75,14 @@ def macs_per_point(fields: Field) -> int:
 def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:
     """result.json: the last and the best evaluation, baselines, and what it took."""
     task, fields = going.task, going.fields
-    with torch.no_grad() if task.derivatives == 0 else torch.enable_grad():
-        every = task.evaluate(fields).metrics
+    every = task.evaluate(fields).metrics
     return {
         "task": config.task,
         "field": config.field.name,
         "optimizer": config.optim.name,
         "final": metrics_of(going.curve[-1]),
         "best": {**metrics_of(going.best), "step": going.best["step"]},
-        "baselines": task.baselines(),
+        "baselines": going.baselines,
         "signals": {
             name: {key: float(values[i]) for key, values in every.items()} for i, name in enumerate(task.names)
         },
@@ -99,11 +98,11 @@ def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:
 def result_table(going: SignalFit) -> str:
     """The last and the best metrics and the baselines, in columns."""
     rows = [("final", metrics_of(going.curve[-1])), (f"best (step {going.best['step']})", metrics_of(going.best))]
-    rows += list(going.task.baselines().items())
+    rows += list(going.baselines.items())
     names = list(rows[0][1])
     width = max(len(title) for title, _ in rows)
-    lines = [" " * width + "".join(f"{name:>10}" for name in names)]
+    lines = [" " * width + "".join(f"{name:>14}" for name in names)]
     for title, metrics in rows:
-        cells = (f"{metrics[name]:>10.4g}" if name in metrics else f"{'':>10}" for name in names)
+        cells = (f"{metrics[name]:>14.4g}" if name in metrics else f"{'':>14}" for name in names)
         lines.append(f"{title:<{width}}{''.join(cells)}")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from mwt.muon import Muon
 from mwt.muon_groups import split_parameters
 from mwt.rank import RankRow, RankTracker
 from mwt.runtime import sync
-from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.task import Evaluation, Sampler, Task, means
 
 
 def fields_for(config: FieldConfig, task: Task, *, seed: int) -> Field:
@@ -92,6 +92,7 @@ class SignalFit:
         self.optimizer = make_fit_optimizer(self.fields, self.config)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         device = next(self.fields.parameters()).device
+        self.baselines = self.task.baselines()
         self.sampler = Sampler(self.task.points, self.config.points, self.seed, device)
 
     @property
@@ -99,7 +100,9 @@ class SignalFit:
         """Whether all steps have been made."""
         return self.step >= self.config.steps
 
-    def run(self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]) -> bool:
+    def run(
+        self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]
+    ) -> bool:
         """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
 
         Raises:
@@ -154,9 +157,8 @@ class SignalFit:
         return float(losses.mean())
 
     def _look(self, loss: float) -> Evaluation:
-        with torch.no_grad() if self.task.derivatives == 0 else torch.enable_grad():
-            found = self.task.evaluate(self.fields)
-        row = {"step": self.step, "seconds": round(self.seconds, 3), "loss": loss, **found.means()}
+        found = self.task.evaluate(self.fields)
+        row = {"step": self.step, "seconds": round(self.seconds, 3), "loss": loss, **means(found.metrics)}
         self.curve.append(row)
         if not self.best or row[self.task.metric] > self.best[self.task.metric]:
             self.best = row

@@ -81,11 +81,15 @@ def describe(config: FitConfig, task: Task, going: SignalFit) -> None:
     size = " x ".join(map(str, task.frame.size or ())) or f"{task.points:,} points"
     several = f"{task.count} signals at once, " if task.count > 1 else ""
     print(f"signal    {task.names[0]}{', …' * (task.count > 1)}: {several}{config.task}, {size}")
-    points = f"{min(config.optim.points, task.points):,} of {task.points:,}" if config.optim.points else f"all {task.points:,}"
+    points = (
+        f"{min(config.optim.points, task.points):,} of {task.points:,}"
+        if config.optim.points
+        else f"all {task.points:,}"
+    )
     print(f"field     {config.field.name}: {going.fields.num_parameters:,} parameters")
     rates = ", ".join(f"{rate:.3g}" for rate in going.rates)
     print(f"fit       {config.optim.steps:,} steps of {config.optim.name} (rates {rates}), {points} points a step")
-    for name, metrics in task.baselines().items():
+    for name, metrics in going.baselines.items():
         print(f"baseline  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     print(f"run       {config.run.dir}" + (f", going on at step {going.step}" if going.step else ""), flush=True)
 
@@ -131,7 +135,7 @@ def fit(going: SignalFit, config: FitConfig, *, stop: StopRequested) -> bool:
 def conclude(going: SignalFit, config: FitConfig) -> None:
     """Write everything that a fit leaves, and say what came of it."""
     run, task, fields = Path(config.run.dir), going.task, going.fields
-    save_field(fields, config.field, task.frame, run / "field")
+    save_field(fields, task.frame, run / "field")
     folder = run / "reconstruction"
     folder.mkdir(exist_ok=True)
     files = task.write(fields, folder)

@@ -7,11 +7,21 @@ from pathlib import Path
 
 from mwt.errors import InputError
 from mwt.signals.image import ImageTask
+from mwt.signals.poisson import PoissonTask
+from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.video import VideoTask
 
 SKIMAGE = "skimage:"
 
-TASKS: dict[str, type[Task]] = {"image": ImageTask}
+TASKS: dict[str, type[Task]] = {
+    "image": ImageTask,
+    "super_resolution": SuperResolutionTask,
+    "inpainting": InpaintingTask,
+    "denoising": DenoisingTask,
+    "poisson": PoissonTask,
+    "video": VideoTask,
+}
 
 
 def list_tasks() -> list[str]:
@@ -54,7 +64,9 @@ def skimage_picture(name: str) -> Path:
     except ImportError as error:
         raise InputError("signal.path=skimage:NAME needs scikit-image: pip install scikit-image.") from error
     folder = Path(skimage.__file__).parent / "data"
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".jpeg", ".tif", ".npy", ".gif"))
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix in (".png", ".jpg", ".jpeg", ".tif", ".npy", ".gif")
+    )
     for path in found:
         if path.stem == name:
             return path

@@ -83,10 +83,14 @@ class ImageTask(Task):
         pictures = centre(read_pictures(paths, grey=options.grey), options.crop).to(device)
         self.names = tuple(path.name for path in paths)
         self.options = options
+        self.set_truth(pictures)
+
+    def set_truth(self, pictures: Float[Tensor, "N h w C"]) -> None:
+        """Everything that follows from the pictures."""
         self.truth = pictures
         height, width, self.channels = pictures.shape[1:]
-        self.frame = image_frame(height, width, options)
-        self.coords = self.frame.grid(device=device)
+        self.frame = image_frame(height, width, self.options)
+        self.coords = self.frame.grid(device=pictures.device)
         self.values = self.frame.to_values(pictures.flatten(1, 2))
         """What the loss compares with, [N, P, C], in the field's range."""
 
@@ -108,13 +112,17 @@ class ImageTask(Task):
         coords = self.coords if size == self.frame.size else self.frame.grid(size, device=self.coords.device)
         return self.frame.to_data(show(fields, coords)).unflatten(1, size)
 
-    def evaluate(self, fields: Field) -> Evaluation:
+    def judge(self, shown: Float[Tensor, "N h w C"]) -> dict[str, Float[Tensor, " N"]]:
         """PSNR and SSIM over the whole picture."""
-        shown = self.reconstruct(fields)
         metrics = {"psnr": psnr(shown.flatten(1, 2), self.truth.flatten(1, 2))}
-        if min(shown.shape[1:3]) >= 11:
-            metrics["ssim"] = ssim(shown, self.truth)
-        return Evaluation(metrics=metrics, picture=to_bytes(shown[0]), error=error_map(shown[0], self.truth[0]))
+        return metrics if min(shown.shape[1:3]) < 11 else {**metrics, "ssim": ssim(shown, self.truth)}
+
+    def evaluate(self, fields: Field) -> Evaluation:
+        """What `judge` says, and pictures."""
+        shown = self.reconstruct(fields)
+        return Evaluation(
+            metrics=self.judge(shown), picture=to_bytes(shown[0]), error=error_map(shown[0], self.truth[0])
+        )
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
         """NAME.png and NAME.error.png of each signal, and the first one's truth."""

@@ -29,9 +29,10 @@ class Evaluation:
     error: UInt8[Tensor, "C h w"] | None = None
     """Where it is wrong: brighter is worse."""
 
-    def means(self) -> dict[str, float]:
-        """Each metric's mean over the signals."""
-        return {name: float(values.mean()) for name, values in self.metrics.items()}
+
+def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
+    """Each metric's mean over the signals."""
+    return {name: float(values.mean()) for name, values in metrics.items()}
 
 
 class Task(ABC):
@@ -94,7 +95,7 @@ def predict(fields: Field, coords: Float[Tensor, "P D"] | Float[Tensor, "N P D"]
     return values if values.ndim == 3 else values[None]
 
 
-def show(fields: Field, coords: Float[Tensor, "P D"], *, chunk: int = 65536) -> Float[Tensor, "N P C"]:
+def show(fields: Field, coords: Float[Tensor, "P D"], *, chunk: int = 8192) -> Float[Tensor, "N P C"]:
     """`predict` for all points of a signal: without a graph, in chunks of bounded memory."""
     values = evaluate(fields, coords, chunk=chunk)
     return values if values.ndim == 3 else values[None]
