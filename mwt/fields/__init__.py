@@ -20,7 +20,7 @@ from mwt.fields.config import (
     MFNConfig,
     MLPConfig,
 )
-from mwt.fields.encodings import list_encodings
+from mwt.fields.encoding import list_encodings
 from mwt.fields.field import Field, evaluate
 from mwt.fields.files import load_field, save_field
 from mwt.fields.frame import Frame

@@ -42,13 +42,13 @@ Sources and differences between papers and codes:
   b = 1, super_gaussian is a Gaussian.
 * elu, selu, silu, softplus, tanh, sigmoid, prelu, sinc: NeAF; there one instance, and so one learned slope, serves all
   layers, and sinc does not run.
-* finer: Liu et al. 2024. Their code leaves the factor abs(z) + 1 out of the gradient (`detach_scale`), which the paper
-  does not say. Derivatives with respect to coordinates are then wrong (order 0); with detach_scale=false they are right.
+* finer: Liu et al. 2024. Their code leaves the factor abs(z) + 1 out of the gradient (`detach_scale`). Derivatives with
+  respect to coordinates are then wrong (order 0); with detach_scale=false they are right.
 * wire: Saragadam et al. 2023. First layer real, the others complex, width / sqrt 2, output the real part; omega and s
   as set for images (10 and 40 in the module). Keep omega / s below 2, or values overflow.
 * wire_real: with a sine, as in the code of McGinnis et al. 2025 (Muon); WIRE's own real variant has a cosine.
 * spder: Shah and Sitawarin 2023. The second derivative is infinite where z = 0; here it is cut off (see `Spder`).
-* hosc: Serrano et al. 2024, beta 8. The paper has no omega and no rule for weights: SIREN's are our choice.
+* hosc: Serrano et al. 2024, with beta 8 as in public reimplementations. omega 30 and SIREN's weights are our choice.
 * incode: Kazerouni et al. 2024 predict a, b, c, d from the signal itself; here, as in NeAF, they are learned numbers.
 """
 

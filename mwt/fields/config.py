@@ -62,7 +62,7 @@ class ActivationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingConfig:
-    """What is done to coordinates before the first layer; see `mwt.fields.encodings`."""
+    """What is done to coordinates before the first layer; see `mwt.fields.encoding`."""
 
     name: str = "identity"
     """One of `mwt.fields.list_encodings()`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mwt.errors import InputError
 from mwt.fields.activations import ACTIVATIONS, activation_values, make_activation
 from mwt.fields.config import MLPConfig
-from mwt.fields.encodings import make_encoding
+from mwt.fields.encoding import make_encoding
 from mwt.fields.field import Field, MuonParameter, hidden_matrices
 from mwt.fields.layers import BatchNorm, Initializer, Linear, Spread, weight_spread
 
