@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 import mwt.checkpoint as checkpoint
 from mwt.checkpoint import find_checkpoint, load_model, load_run, resume, save_checkpoint
-from mwt.config import ClassifyConfig, OptimConfig, model_config
+from mwt.config import ClassifyConfig, model_config
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
@@ -28,8 +28,9 @@ FACTS = SignalFacts(kind="image", channels=1, height=4, width=4, classes=("a", "
 
 
 def build(*overrides: str) -> tuple[MetaWeightTransformer, torch.optim.Optimizer]:
-    model = MetaWeightTransformer(model_config(load_config(ClassifyConfig, None, [*SMALL, *overrides]), FACTS))
-    return model, make_optimizer(model, OptimConfig())
+    config = load_config(ClassifyConfig, None, [*SMALL, *overrides])
+    model = MetaWeightTransformer(model_config(config, FACTS))
+    return model, make_optimizer(model, config.optim)
 
 
 def step(model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> None:
@@ -56,8 +57,9 @@ def folders(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_a_round_trip_is_exact_and_training_goes_on_alike(run: Path) -> None:
-    model, optimizer = build()
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_round_trip_is_exact_and_training_goes_on_alike(run: Path, name: str) -> None:
+    model, optimizer = build(f"optim.name={name}")
     step(model, optimizer)
     step(model, optimizer)
     folder = save(run, 2, model, optimizer)
