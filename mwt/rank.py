@@ -27,7 +27,7 @@ def singular_values(matrices: Inexact[Tensor, "*N m n"]) -> Float[Tensor, "*N k"
 
 
 def _stable_rank(values: Tensor) -> Tensor:
-    shares = values / values[..., :1]  # before squaring: small weights must not underflow
+    shares = values / values[..., :1]  # before squaring, which underflows for very small weights
     return shares.square().sum(-1)
 
 
