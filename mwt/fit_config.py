@@ -47,7 +47,7 @@ class FitRunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     evaluations: int = 24
-    """How often the whole signal is evaluated, more often at first: the points of the curves, the frames of the film."""
+    """How often the whole signal is evaluated, more often at first: the points of curves, the frames of the film."""
     checkpoint_minutes: float = 5.0
     film: bool = True
     """Write progress.gif."""

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mwt.fields import Field
 from mwt.fit_config import FitConfig
-from mwt.fitting import SignalFit
+from mwt.fitting import Row, SignalFit
 from mwt.plots import curves_figure
 from mwt.signals.pictures import write_picture
 
@@ -51,12 +51,12 @@ class Film:
         self.folder.rmdir()
 
 
-def metrics_of(row: dict[str, float]) -> dict[str, float]:
+def metrics_of(row: Row) -> dict[str, float]:
     """The task's metrics of an entry of a curve."""
     return {name: value for name, value in row.items() if name not in MEMBERS}
 
 
-def curve_figure(curve: list[dict[str, float]], metric: str) -> Figure:
+def curve_figure(curve: list[Row], metric: str) -> Figure:
     """Loss and the task's first metric over the steps."""
     steps = [row["step"] for row in curve]
     panels = [("loss", [row["loss"] for row in curve]), (metric, [row[metric] for row in curve])]

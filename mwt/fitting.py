@@ -1,4 +1,4 @@
-"""Ordinary fitting: gradient steps on the parameters of a field, or of N fields at once, until they show their signals."""
+"""Ordinary fitting: gradient steps on the parameters of a field, or of N at once, until they show their signals."""
 
 from __future__ import annotations
 
@@ -70,6 +70,10 @@ def evaluation_steps(steps: int, count: int) -> list[int]:
     return sorted({max(1, round(steps * ((i + 1) / count) ** 2)) for i in range(count)})
 
 
+Row = dict[str, Any]
+"""An entry of a curve: step, seconds, loss, and the metrics' means."""
+
+
 @dataclass
 class SignalFit:
     """A fit on its way: fields, optimizer, and what has been seen so far. `run` goes on from `step`."""
@@ -81,9 +85,9 @@ class SignalFit:
     evaluations: int
     ranks: RankTracker | None = None
     step: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    """One entry an evaluation: step, seconds, loss, and the metrics' means."""
-    best: dict[str, float] = field(default_factory=dict)
+    curve: list[Row] = field(default_factory=list)
+    """One entry an evaluation."""
+    best: Row = field(default_factory=dict)
     """The entry with the best `task.metric`."""
     seconds: float = 0.0
     """Spent in steps; evaluations are left out."""
@@ -141,7 +145,7 @@ class SignalFit:
             return total
 
         if self.config.name == "lbfgs":
-            self.optimizer.step(closure)
+            self.optimizer.step(closure)  # type: ignore[arg-type]
         else:
             closure()
             self.optimizer.step()
@@ -175,16 +179,9 @@ class SignalFit:
             OSError: disk full, no permission.
         """
         tensors = {f"field.{name}": value for name, value in self.fields.state_dict().items()}
-        moments = self.optimizer.state_dict()["state"]
-        plain: dict[str, dict[str, Any]] = {}
-        for index, state in moments.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value
-                else:
-                    plain.setdefault(str(index), {})[key] = value
-        content = {name: getattr(self, name) for name in ("step", "seconds", "curve", "best")}
-        content |= {"moments": plain, "ranks": self.ranks.as_json() if self.ranks else []}
+        moments = _without_tensors(self.optimizer.state_dict()["state"], "optimizer", tensors)
+        content = {name: getattr(self, name) for name in ("step", "seconds", "rates", "curve", "best")}
+        content |= {"moments": moments, "ranks": self.ranks.as_json() if self.ranks else []}
         temporary = path.with_name(f".{path.name}")
         try:
             tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -211,13 +208,35 @@ class SignalFit:
             )
         except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
-        state: dict[int, dict[str, Any]] = {int(index): values for index, values in content["moments"].items()}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                state.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for name in ("step", "seconds", "curve", "best"):
+        device = next(self.fields.parameters()).device
+        tensors = {name: value.to(device, copy=True) for name, value in tensors.items()}  # out of the file's alignment
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, values in content["moments"].items():  # not `load_state_dict`, which rounds L-BFGS's scalars
+            self.optimizer.state[parameters[int(index)]] = _with_tensors(values, tensors)
+        for name in ("step", "seconds", "rates", "curve", "best"):
             setattr(self, name, content[name])
         if self.ranks is not None:
             self.ranks.rows = [RankRow(**row) for row in content["ranks"]]
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The same for JSON: each tensor goes into `tensors`, and {"tensor": its name} stands in its place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {str(key): _without_tensors(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value

@@ -105,11 +105,11 @@ def fit(going: SignalFit, config: FitConfig, *, stop: StopRequested) -> bool:
     ):
         log.truncate(0)
         for row in going.curve:  # what an interrupted fit wrote after its last checkpoint is made again
-            log.write(epoch=0, split="signal", **row)
+            log.write(epoch=0.0, split="signal", **row)
 
         def on_evaluation(found: Evaluation) -> None:
             row = going.curve[-1]
-            log.write(epoch=0, split="signal", **row)
+            log.write(epoch=0.0, split="signal", **row)
             bar.set_postfix({metric: f"{row[metric]:.2f}", "best": f"{going.best[metric]:.2f}"})
             if film:
                 film.add(going.step, found.picture)

@@ -108,9 +108,8 @@ class ImageTask(Task):
 
     def reconstruct(self, fields: Field, size: tuple[int, int] | None = None) -> Float[Tensor, "N h w C"]:
         """The pictures that the fields show, in [0, 1] but not clamped, at their own size or another."""
-        size = size or self.truth.shape[1:3]
-        coords = self.coords if size == self.frame.size else self.frame.grid(size, device=self.coords.device)
-        return self.frame.to_data(show(fields, coords)).unflatten(1, size)
+        coords = self.coords if size is None else self.frame.grid(size, device=self.coords.device)
+        return self.frame.to_data(show(fields, coords)).unflatten(1, size or self.truth.shape[1:3])
 
     def judge(self, shown: Float[Tensor, "N h w C"]) -> dict[str, Float[Tensor, " N"]]:
         """PSNR and SSIM over the whole picture."""

@@ -33,10 +33,10 @@ def read_picture(path: Path, *, grey: bool = False) -> Float[Tensor, "h w C"]:
             image.load()
             if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's `I` holds them in 32
                 array = np.asarray(image, dtype=np.float32)
-                array = array / (65535 if array.max() > 255 else 255) if image.mode != "F" else array
+                array = array if image.mode == "F" else array / np.float32(65535 if array.max() > 255 else 255)
             else:
                 wanted = "L" if grey or image.mode in ("L", "LA", "1") else "RGB"
-                array = np.asarray(image.convert(wanted), dtype=np.float32) / 255
+                array = np.asarray(image.convert(wanted), dtype=np.float32) / np.float32(255)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not an image that can be read ({error}).") from error
     picture = torch.from_numpy(np.ascontiguousarray(array))

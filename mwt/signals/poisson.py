@@ -1,4 +1,4 @@
-"""Poisson reconstruction: a picture from its gradient, or from its Laplacian, alone (Sitzmann et al. 2020, section 4.1)."""
+"""A picture from its gradient or its Laplacian alone: Poisson reconstruction (Sitzmann et al. 2020, section 4.1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mwt.signals.task import means
 
 def finite_gradient(values: Float[Tensor, "N h w C"], spacing: tuple[float, float]) -> Float[Tensor, "N h w C 2"]:
     """(d/dy, d/dx) by central differences, one-sided at the borders, as `numpy.gradient` does."""
-    return torch.stack(torch.gradient(values, spacing=spacing, dim=(1, 2)), dim=-1)  # type: ignore[arg-type]
+    return torch.stack(torch.gradient(values, spacing=spacing, dim=(1, 2)), dim=-1)
 
 
 def finite_laplacian(values: Float[Tensor, "N h w C"], spacing: tuple[float, float]) -> Float[Tensor, "N h w C"]:
@@ -55,7 +55,7 @@ def field_gradient(
 
 
 def solve_laplacian(laplacian: Float[Tensor, "N h w C"], spacing: tuple[float, float]) -> Float[Tensor, "N h w C"]:
-    """The picture with this five-point Laplacian, no flux through its border and mean 0, by cosine transforms: exact."""
+    """The picture with this five-point Laplacian, no flux through its border and mean 0, exact (cosine transforms)."""
     import numpy as np
     from scipy.fft import dctn, idctn
 
@@ -113,7 +113,8 @@ class PoissonTask(ImageTask):
         super().__init__(paths, options, device)
         self.derivatives = 1 if options.given == "gradient" else 2
         spans = [high - low for low, high in self.frame.coordinate_range]
-        self.spacing = tuple(span / (size - 1) for span, size in zip(spans, self.truth.shape[1:3], strict=True))
+        height, width = self.truth.shape[1:3]
+        self.spacing = (spans[0] / (height - 1), spans[1] / (width - 1))
         pictures = self.frame.to_values(self.truth)
         if options.given == "gradient":
             self.values = finite_gradient(pictures, self.spacing).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Pictures from less than a picture: super-resolution, inpainting, denoising. The field sees what was measured alone."""
+"""Pictures from less: super-resolution, inpainting, denoising. The field sees what was measured alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageDraw, ImageFont
@@ -199,7 +200,7 @@ def letters(text: str, height: int, width: int) -> Bool[Tensor, "h w"]:
     row = (text + " ") * math.ceil(2 * width / max(1.0, pen.textlength(text + " ", font)))
     for number, top in enumerate(range(0, height, round(1.5 * size))):
         pen.text((-number * size, top), row, fill=1, font=font)
-    return torch.tensor(list(image.getdata()), dtype=torch.uint8).view(height, width) > 0
+    return torch.from_numpy(np.array(image))
 
 
 def _interpolated(picture: Float[Tensor, "h w C"], known: Bool[Tensor, "h w"]) -> Float[Tensor, "h w C"]:

@@ -7,6 +7,7 @@ signals, 1 for a single one: fields without copies give it through `predict`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +41,7 @@ class Task(ABC):
 
     metric: ClassVar[str]
     """The metric that decides what is best; larger is better."""
-    derivatives: ClassVar[int] = 0
+    derivatives: int = 0
     """Derivatives with respect to coordinates that the loss takes."""
     endings: ClassVar[tuple[str, ...]] = ()
     """Of the files that a folder of signals is searched for."""
@@ -52,6 +53,18 @@ class Task(ABC):
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """What `signal.KEY` may hold beside `signal.path`."""
+
+    @abstractmethod
+    def __init__(self, paths: Sequence[Path], options: Any, device: torch.device) -> None:
+        """Read the signals.
+
+        Args:
+            paths: what `signal.path` names, one or more files.
+            options: of the class's own `Options`.
+
+        Raises:
+            InputError: a file or an option that will not do.
+        """
 
     frame: Frame
     channels: int
