@@ -400,3 +400,20 @@ def test_the_first_layer_keeps_full_precision_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         left, right = field(coords).float()
     assert not torch.equal(left, right)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_same_on_a_gpu(case: str) -> None:
+    field = build_field(CASES[case], coordinate_dims=2, channels=3, seed=0, copies=2).double()
+    coords = torch.rand(9, 2, dtype=torch.float64) * 2 - 1
+    found = []
+    for device in ("cpu", "cuda"):
+        field.to(device).zero_grad()
+        here = coords.to(device).requires_grad_()
+        values = field(here)
+        (slope,) = torch.autograd.grad(values.sin().sum(), here, create_graph=True)
+        slope.square().sum().backward()
+        found.append([tensor.detach().cpu() for tensor in (values, slope, next(field.parameters()).grad)])
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
