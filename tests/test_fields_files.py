@@ -37,12 +37,13 @@ from mwt.meta_sgd import MetaSGD
 from mwt.observe import grid
 from mwt.structs import Observations
 
-FRAME = Frame(kind="image", axes=("y", "x"), coordinate_range=((-1, 1), (-1, 1)), size=(4, 6), data_range=(0, 255))
+UNIT = (-1.0, 1.0)
+FRAME = Frame(kind="image", axes=("y", "x"), coordinate_range=(UNIT, UNIT), size=(4, 6), data_range=(0.0, 255.0))
 SMALL = MLPConfig(width=6, hidden_layers=2, encoding=EncodingConfig(name="fourier", frequencies=4))
 CONFIGS = {
     "mlp": FieldConfig(mlp=SMALL),
     "wire": FieldConfig(mlp=replace(SMALL, activation=ActivationConfig(name="wire", omega=3.0, trainable=True))),
-    "norm": FieldConfig(mlp=replace(SMALL, batch_norm=True, output="clamp", clamp=(0, 1))),
+    "norm": FieldConfig(mlp=replace(SMALL, batch_norm=True, output="clamp", clamp=(0.0, 1.0))),
     "mfn": FieldConfig(name="mfn", mfn=MFNConfig(width=6, hidden_layers=1, input_scale=5.0)),
     "hash_grid": FieldConfig(
         name="hash_grid", hash_grid=HashGridConfig(levels=2, log2_table=5, finest_resolution=(20,))
@@ -147,7 +148,7 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"field\.json is not readable as JSON"):
         load_field(tmp_path)
     with pytest.raises(InputError, match="frame has 1 axes and the field 2"):
-        save_field(build("mlp"), Frame(kind="audio", axes=("t",), coordinate_range=((-1, 1),)), tmp_path)
+        save_field(build("mlp"), Frame(kind="audio", axes=("t",), coordinate_range=(UNIT,)), tmp_path)
 
 
 # ---- frames ------------------------------------------------------------------------------------------------------
@@ -159,17 +160,20 @@ def test_grids_of_frames() -> None:
     box = Frame(
         kind="volume",
         axes=("z", "y", "x"),
-        coordinate_range=((-1, 1), (0, 3), (-2, 2)),
+        coordinate_range=(UNIT, (0.0, 3.0), (-2.0, 2.0)),
         size=(2, 3, 4),
         endpoint=False,
     )
-    axes = [np.linspace(low, high, n, endpoint=False) for n, (low, high) in zip(box.size, box.coordinate_range)]  # type: ignore[arg-type]
+    axes = [
+        np.linspace(low, high, n, endpoint=False)
+        for n, (low, high) in zip((2, 3, 4), box.coordinate_range, strict=True)
+    ]
     expected = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     np.testing.assert_allclose(box.grid(), expected, atol=1e-6)
-    audio = Frame(kind="audio", axes=("t",), coordinate_range=((-100, 100),), size=(5,))
+    audio = Frame(kind="audio", axes=("t",), coordinate_range=((-100.0, 100.0),), size=(5,))
     assert audio.grid().tolist() == [[-100.0], [-50.0], [0.0], [50.0], [100.0]]
     with pytest.raises(InputError, match="axes x, y needs 2 sizes"):
-        Frame(kind="points", axes=("x", "y"), coordinate_range=((-1, 1), (-1, 1))).grid()
+        Frame(kind="points", axes=("x", "y"), coordinate_range=(UNIT, UNIT)).grid()
 
 
 def test_values_and_data() -> None:
@@ -177,10 +181,10 @@ def test_values_and_data() -> None:
     assert FRAME.to_values(pixels).tolist() == [-1.0, 0.0, 1.0, 3.0]
     torch.testing.assert_close(FRAME.to_data(FRAME.to_values(pixels)), pixels)
     assert Frame.from_dict(json.loads(json.dumps(asdict(FRAME)))) == FRAME
-    with pytest.raises(InputError, match="value_range is 1 to 1; it must rise"):
-        replace(FRAME, value_range=(1, 1))
+    with pytest.raises(InputError, match=r"value_range is 1\.0 to 1.0; it must rise"):
+        replace(FRAME, value_range=(1.0, 1.0))
     with pytest.raises(InputError, match="coordinate_range has 1 pairs for 2 axes"):
-        replace(FRAME, coordinate_range=((-1, 1),))
+        replace(FRAME, coordinate_range=(UNIT,))
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -265,5 +269,5 @@ def test_what_cannot_be_adapted() -> None:
         WithOffsets(build("mlp", copies=2))
     with pytest.raises(InputError, match="batch_norm"):
         WithOffsets(build("norm"))
-    with pytest.raises(InputError, match="No parameter begins with head; there are first.weight"):
+    with pytest.raises(InputError, match=r"No parameter begins with head; there are first.weight"):
         WithOffsets(build("mlp"), ("head",))

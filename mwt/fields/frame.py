@@ -34,14 +34,9 @@ class Frame:
     """... these of the signal; between and beyond them, linearly."""
 
     def __post_init__(self) -> None:
-        pairs = tuple((float(low), float(high)) for low, high in self.coordinate_range)
-        object.__setattr__(self, "coordinate_range", pairs)  # JSON brings lists
-        for name in ("axes", "size", "value_range", "data_range"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        count = len(self.axes)
+        count, pairs = len(self.axes), len(self.coordinate_range)
         require(count >= 1, "frame.axes is empty.")
-        require(len(pairs) == count, f"frame.coordinate_range has {len(pairs)} pairs for {count} axes.")
+        require(pairs == count, f"frame.coordinate_range has {pairs} pairs for {count} axes.")
         require(self.size is None or len(self.size) == count, f"frame.size must have {count} numbers, or be null.")
         for name in ("value_range", "data_range"):
             low, high = getattr(self, name)
@@ -97,9 +92,15 @@ class Frame:
             require(key in known, f"frame.{key} is not known.")
         for key in ("kind", "axes", "coordinate_range"):
             require(key in content, f"frame.{key} is missing.")
-        try:
-            return cls(**content)
+        values = dict(content)
+        try:  # JSON has lists for tuples, and no difference between 1 and 1.0
+            values["axes"] = tuple(map(str, content["axes"]))
+            values["coordinate_range"] = tuple((float(low), float(high)) for low, high in content["coordinate_range"])
+            if content.get("size") is not None:
+                values["size"] = tuple(map(int, content["size"]))
+            for name in {"value_range", "data_range"} & content.keys():
+                low, high = content[name]
+                values[name] = (float(low), float(high))
         except (TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"frame has a value of the wrong form ({error}).") from error
+        return cls(**values)
