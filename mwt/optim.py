@@ -25,8 +25,7 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
     """AdamW with the groups siren, alpha and reader, each with its own learning rate; or Muon, and AdamW for the rest.
 
     Muon's groups follow those of AdamW and bear the name of the part that they belong to. Their updates are made as
-    large as AdamW's, so that rates and decay mean the same for both (Liu et al. 2025, "Muon is scalable for LLM
-    training", section 2.2).
+    large as AdamW's (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), times `muon_factor`.
     """
     rates = {"siren": config.lr_siren, "alpha": config.lr_alpha, "reader": config.lr_reader}
     if config.name == "muon":

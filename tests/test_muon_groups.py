@@ -146,7 +146,7 @@ def test_groups_of_the_outer_optimizer() -> None:
 def test_updates_are_as_large_as_adamws() -> None:
     """0.2 times the rate in root mean square (Liu et al. 2025), for matrices of any shape."""
     model = classifier()
-    optimizer = make_optimizer(model, OptimConfig(name="muon", lr_reader=1e-2, weight_decay=0.0))
+    optimizer = make_optimizer(model, OptimConfig(name="muon", lr_reader=1e-2, weight_decay=0.0, muon_factor=1.0))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.randn_like(p)

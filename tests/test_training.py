@@ -363,7 +363,11 @@ def test_no_step_reads_the_device_however_it_is_computed(inner_loop: dict[str, A
 
 
 def test_no_step_of_muon_reads_the_device() -> None:
-    assert step_without_waiting("none", device=CPU, optim=OptimConfig(name="muon")).read()["classification_loss"] > 0
+    """Nor copies from one to another, which fake tensors of a CUDA device show."""
+    muon = OptimConfig(name="muon")
+    assert step_without_waiting("none", device=CPU, optim=muon).read()["classification_loss"] > 0
+    with FakeTensorMode():
+        assert step_without_waiting("none", device=CUDA, optim=muon)._sums.device.type == "cuda"
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
