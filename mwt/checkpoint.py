@@ -115,7 +115,8 @@ def _save(
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state['step']:08d}"
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    left_out = {"params", "param_names"}
+    groups = [{k: v for k, v in group.items() if k not in left_out} for group in optimizer.param_groups]
     state = {**state, "groups": groups}
     pointer = folder / f"{name}.json"
     if final.name in _pointed_at(folder):

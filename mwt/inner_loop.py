@@ -5,13 +5,18 @@ from __future__ import annotations
 from mwt.config import InnerLoopConfig
 from mwt.engines import ENGINES
 from mwt.errors import InputError
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.meta_sgd import MetaSGD
 from mwt.structs import Fit, Observations
 
 
 def fit(
-    field: Field, alpha: MetaSGD, observations: Observations, *, steps: int, options: InnerLoopConfig | None = None
+    field: AdaptedField,
+    alpha: MetaSGD,
+    observations: Observations,
+    *,
+    steps: int,
+    options: InnerLoopConfig | None = None,
 ) -> Fit:
     """Adapt a field to each signal by `steps` gradient steps on its mean squared error, with rates `alpha`.
 

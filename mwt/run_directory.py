@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mwt.checkpoint import SAME_RESULT, check_run_directory
-from mwt.config import ClassifyConfig
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.runtime import environment, sync, write_json, write_text
 
 MAY_CHANGE = {
+    "variant": {""},
     "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "monitor_limit",
             "checkpoint_minutes", "eval_batch_size", "trackers", "on_nonfinite", "max_skipped"},
     "optim": {"accumulate"},
@@ -25,24 +27,39 @@ BEGINNING = ("overrides.txt", "env.json", ".env.json.", ".debug", ".config.yaml.
 """What a process that is killed while it makes a run directory may leave in it."""
 
 
-def check_same_run(stored: ClassifyConfig, config: ClassifyConfig, run: Path) -> None:
+def check_same_run(stored: Any, config: Any, run: Path, may_change: Mapping[str, set[str]] = MAY_CHANGE) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, now = dataclasses.asdict(stored), dataclasses.asdict(config)
     for block, values in now.items():
-        for key in values if isinstance(values, dict) else ():
-            if values[key] != before[block][key] and key not in MAY_CHANGE.get(block, ()):
+        rows = values if isinstance(values, dict) else {"": values}
+        earlier = before[block] if isinstance(values, dict) else {"": before[block]}
+        for key in {**earlier, **rows}:
+            was, is_ = earlier.get(key), rows.get(key)
+            if was != is_ and key not in may_change.get(block, ()):
+                name = f"{block}.{key}" if key else block
                 raise InputError(
-                    f"{run} was started with {block}.{key}={before[block][key]}, not {values[key]}; a run is resumed "
-                    "as it was. Leave the key out, or begin a new run in another run.dir."
+                    f"{run} was started with {name}={was}, not {is_}; a run is resumed as it was. Leave the key out, "
+                    "or begin a new run in another run.dir."
                 )
 
 
-def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming: bool, debug: bool) -> None:
+def open_run_directory(
+    config: Any,
+    overrides: list[str],
+    *,
+    resuming: bool,
+    debug: bool,
+    program: str = "train.classify",
+    may_change: Mapping[str, set[str]] = MAY_CHANGE,
+) -> None:
     """Make run.dir and write what the run is; or, resuming, check that it is this very run.
 
     Args:
+        config: of any program whose runs have a directory, `config.run.dir`.
         overrides: what was given on the command line, for the record.
         debug: a debug run replaces an earlier debug run.
+        program: the program that goes on with such a run, for messages.
+        may_change: what a resumed run may set otherwise, by block.
 
     Raises:
         InputError: run.dir exists, cannot be written, or (resuming) was started with other settings.
@@ -50,14 +67,14 @@ def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming
     run = Path(config.run.dir)
     if resuming:
         check_run_directory(run)
-        check_same_run(load_config(ClassifyConfig, run / "config.yaml"), config, run)
+        check_same_run(load_config(type(config), run / "config.yaml"), config, run, may_change)
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
     if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
-            f"`python -m train.classify --resume run.dir={run}`."
+            f"`python -m {program} --resume run.dir={run}`."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)

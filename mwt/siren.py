@@ -53,6 +53,11 @@ class Siren(nn.Module):
         """The layers that are adapted, first to last."""
         return list(self.layers)  # type: ignore[arg-type]
 
+    def muon_parameters(self) -> list[tuple[str, nn.Parameter, str]]:
+        """The matrices [in, out] between two sine layers, for `mwt.muon_groups`."""
+        hidden = enumerate(self.sine_layers[1:], start=1)
+        return [(f"layers.{i}.weight", layer.weight, "in_out") for i, layer in hidden]
+
     @property
     def adapted_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the adapted tensors, in the order in which they lie in an offset vector."""

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 import mwt.checkpoint as checkpoint
 from mwt.checkpoint import find_checkpoint, load_model, load_run, resume, save_checkpoint
-from mwt.config import ClassifyConfig, OptimConfig, model_config
+from mwt.config import ClassifyConfig, model_config
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
@@ -28,8 +28,9 @@ FACTS = SignalFacts(kind="image", channels=1, height=4, width=4, classes=("a", "
 
 
 def build(*overrides: str) -> tuple[MetaWeightTransformer, torch.optim.Optimizer]:
-    model = MetaWeightTransformer(model_config(load_config(ClassifyConfig, None, [*SMALL, *overrides]), FACTS))
-    return model, make_optimizer(model, OptimConfig())
+    config = load_config(ClassifyConfig, None, [*SMALL, *overrides])
+    model = MetaWeightTransformer(model_config(config, FACTS))
+    return model, make_optimizer(model, config.optim)
 
 
 def step(model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> None:
@@ -56,8 +57,9 @@ def folders(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def test_a_round_trip_is_exact_and_training_goes_on_alike(run: Path) -> None:
-    model, optimizer = build()
+@pytest.mark.parametrize("override", ["optim.name=adamw", "optim.name=muon"])
+def test_a_round_trip_is_exact_and_training_goes_on_alike(run: Path, override: str) -> None:
+    model, optimizer = build(override)
     step(model, optimizer)
     step(model, optimizer)
     folder = save(run, 2, model, optimizer)
@@ -65,7 +67,7 @@ def test_a_round_trip_is_exact_and_training_goes_on_alike(run: Path) -> None:
         "README.md", "config.json", "model.safetensors", "optimizer.safetensors", "state.json",
     ]  # fmt: skip
 
-    other, other_optimizer = build()
+    other, other_optimizer = build(override)
     state = resume(find_checkpoint(run), model=other, optimizer=other_optimizer)
     assert (state["step"], state["best"]) == (2, 0.5)
     for pair in ((model, optimizer), (other, other_optimizer)):

@@ -26,7 +26,7 @@ from benchmarks import paper
 from mwt.config import InnerLoopConfig, SirenConfig
 from mwt.engines import list_engines
 from mwt.errors import InputError
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.inner_loop import fit
 from mwt.losses import outer_losses
 from mwt.meta_sgd import MetaSGD
@@ -262,7 +262,7 @@ def assert_finite_differences(
 @pytest.mark.parametrize("name", list(FIELDS))
 def test_any_field_is_fitted_alike_by_both_generic_engines(name: str, form: str) -> None:
     field, alpha = make(name)
-    assert isinstance(field, Field)
+    assert isinstance(field, AdaptedField)
     before = {key: value.clone() for key, value in field.state_dict().items()}
     kept = [*field.named_parameters(), *field.named_modules()]
     seen = seen_at(form)

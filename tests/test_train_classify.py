@@ -371,6 +371,17 @@ def test_an_interrupted_and_resumed_run_equals_an_undisturbed_one(
     check_same_run(run, undisturbed[every])
 
 
+@pytest.mark.slow
+def test_a_run_with_muon_is_resumed_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*LONGER, "run.log_every=1", "optim.name=muon")
+    assert debug(tmp_path / "undisturbed", *options) == 0
+    stop_at(monkeypatch, 3)
+    assert debug(tmp_path / "run", *options) == 143
+    monkeypatch.undo()
+    assert program.main(["--resume", f"run.dir={tmp_path / 'run'}"]) == 0
+    check_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert debug(run) == 0

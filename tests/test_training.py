@@ -293,12 +293,13 @@ def step_without_waiting(
     precision: str = "fp32",
     size: int = 48,
     accumulate: int = 1,
+    optim: OptimConfig | None = None,
     **inner_loop: Any,
 ) -> Meter:
     """Two steps, from augmentation to meter; the second one under `NoWaiting`."""
     with device:
         model = build(size, **inner_loop)
-    optimizer, meter = make_optimizer(model, OptimConfig()), Meter(device)
+    optimizer, meter = make_optimizer(model, optim or OptimConfig()), Meter(device)
     real = device.type == "cpu" or torch.cuda.is_available()
     average = ModelEmaV3(model) if real else None  # it makes a generator on the device
     count = {"device": device, "dtype": torch.int64}
@@ -359,6 +360,14 @@ def test_no_step_reads_the_device(augmentation: str, precision: str) -> None:
 )
 def test_no_step_reads_the_device_however_it_is_computed(inner_loop: dict[str, Any]) -> None:
     assert step_without_waiting("none", device=CPU, size=8, **inner_loop).read()["reconstruction_loss"] > 0
+
+
+def test_no_step_of_muon_reads_the_device() -> None:
+    """Nor copies from one to another, which fake tensors of a CUDA device show."""
+    muon = OptimConfig(name="muon")
+    assert step_without_waiting("none", device=CPU, optim=muon).read()["classification_loss"] > 0
+    with FakeTensorMode():
+        assert step_without_waiting("none", device=CUDA, optim=muon)._sums.device.type == "cuda"
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)

@@ -16,11 +16,11 @@ from mwt.config import InnerLoopConfig
 from mwt.engines.analytic import fit_analytic
 from mwt.engines.functional import fit_func
 from mwt.engines.higher import fit_higher
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.meta_sgd import MetaSGD
 from mwt.structs import Fit, Observations
 
-Engine = Callable[[Field, MetaSGD, Observations, int, InnerLoopConfig], Fit]
+Engine = Callable[[AdaptedField, MetaSGD, Observations, int, InnerLoopConfig], Fit]
 
 ENGINES: dict[str, Engine] = {"analytic": fit_analytic, "func": fit_func, "higher": fit_higher}
 

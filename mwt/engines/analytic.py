@@ -19,7 +19,7 @@ from mwt.engines import steps as plain
 from mwt.engines.steps import Code, Mode, Start
 from mwt.engines.sweeps import Layers, Network, States
 from mwt.errors import InputError
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.meta_sgd import MetaSGD
 from mwt.siren import LayerTensors, Siren
 from mwt.structs import Fit, Observations
@@ -169,7 +169,9 @@ def _sizes(siren: Siren, observations: Observations) -> list[int]:
     return [batch * (i + 1) // parts - batch * i // parts for i in range(parts)]
 
 
-def fit_analytic(field: Field, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig) -> Fit:
+def fit_analytic(
+    field: AdaptedField, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig
+) -> Fit:
     """Fit a SIREN to every signal; see `mwt.inner_loop.fit`.
 
     Raises:

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.meta_sgd import MetaSGD
 from mwt.structs import Fit, Observations
 
@@ -91,7 +91,9 @@ def recomputed(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
     return _Recomputed.apply(function, *tensors)
 
 
-def fit_func(field: Field, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig) -> Fit:
+def fit_func(
+    field: AdaptedField, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig
+) -> Fit:
     """Fit any field to every signal; see `mwt.inner_loop.fit`.
 
     With `options.first_order` the inner gradients are constants to the outer loss: the rates' gradient is what they

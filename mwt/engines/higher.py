@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
-from mwt.fields import Field
+from mwt.fields import AdaptedField
 from mwt.meta_sgd import MetaSGD
 from mwt.structs import Fit, Observations
 
@@ -53,7 +53,9 @@ def settings(name: str, rates: Tensor, step: int) -> dict[str, list[Any]]:
 
 
 @torch.compiler.disable(reason="compiled functions have no second derivative; what surrounds the fit compiles")
-def fit_higher(field: Field, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig) -> Fit:
+def fit_higher(
+    field: AdaptedField, alpha: MetaSGD, observations: Observations, steps: int, options: InnerLoopConfig
+) -> Fit:
     """Fit any field to every signal with `options.optimizer`; see `mwt.inner_loop.fit`.
 
     The rates of a step stand where the optimizer has its learning rate. First order as in the engine `func`: the inner

@@ -1,45 +1,51 @@
-"""Fields: networks from coordinates to values, whose adapted weights differ from signal to signal."""
+"""Fields: networks from coordinates to values. There are two kinds.
+
+* An ordinary field (`Field`, built by `build_field`) owns its parameters; an optimizer fits it to one signal, or its N
+  copies to N signals. Architectures: `list_fields()`.
+* An adapted field (`AdaptedField`) is the base that a meta-learned inner loop starts from. It owns what all signals
+  share, and is called with one vector of offsets for each signal. `mwt.siren.Siren` is one; `WithOffsets` makes one of
+  any ordinary field.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
+from mwt.fields.activations import list_activations
+from mwt.fields.adapted import AdaptedField, WithOffsets
+from mwt.fields.config import (
+    ActivationConfig,
+    EncodingConfig,
+    FieldConfig,
+    HashGridConfig,
+    InterpolatedGridConfig,
+    MFNConfig,
+    MLPConfig,
+)
+from mwt.fields.encoding import list_encodings
+from mwt.fields.field import Field, evaluate
+from mwt.fields.files import load_field, save_field
+from mwt.fields.frame import Frame
+from mwt.fields.grid import total_variation
+from mwt.fields.registry import FIELDS, build_field, list_fields
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-
-@runtime_checkable
-class Field(Protocol):
-    """What the inner loop asks of a field; any `nn.Module` that has it can be fitted.
-
-    The adapted tensors of a signal lie in one vector of W offsets, in the order of `adapted_shapes`. What is not
-    adapted (and the base that offsets are added to) are ordinary parameters, which the outer loop learns.
-    """
-
-    @property
-    def adapted_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the adapted tensors, in the order in which they lie in an offset vector."""
-        ...
-
-    @property
-    def adapted_size(self) -> int:
-        """W, the length of an offset vector."""
-        ...
-
-    def init_offsets(self, batch_size: int) -> Float[Tensor, "B W"]:
-        """Where the fits start."""
-        ...
-
-    def __call__(
-        self, offsets: Float[Tensor, "B W"], coords: Float[Tensor, "P D"] | Float[Tensor, "B P D"]
-    ) -> Float[Tensor, "B P C"]:
-        """The values of each signal's field at shared coordinates or at its own."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The tensors that the signals share."""
-        ...
-
-
-__all__ = ["Field"]
+__all__ = [
+    "FIELDS",
+    "ActivationConfig",
+    "AdaptedField",
+    "EncodingConfig",
+    "Field",
+    "FieldConfig",
+    "Frame",
+    "HashGridConfig",
+    "InterpolatedGridConfig",
+    "MFNConfig",
+    "MLPConfig",
+    "WithOffsets",
+    "build_field",
+    "evaluate",
+    "list_activations",
+    "list_encodings",
+    "list_fields",
+    "load_field",
+    "save_field",
+    "total_variation",
+]

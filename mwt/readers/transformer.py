@@ -67,6 +67,15 @@ class TransformerReader(Reader):
         )
         self.logits = nn.Linear(width, classes)
 
+    def muon_parameters(self) -> list[tuple[str, nn.Parameter, str]]:
+        """The matrices of the blocks, for `mwt.muon_groups`; queries, keys and values apart (Jordan et al. 2024)."""
+        layouts = {"attn.qkv": "qkv", "attn.proj": "out_in", "mlp.fc1": "out_in", "mlp.fc2": "out_in"}
+        return [
+            (f"blocks.{i}.{layer}.weight", block.get_parameter(f"{layer}.weight"), layout)
+            for i, block in enumerate(self.blocks)
+            for layer, layout in layouts.items()
+        ]
+
     def use_fused_attention(self, fused: bool) -> None:
         """Fused attention (`scaled_dot_product_attention`) or plain products: the same result, different speed."""
         for block in self.blocks:

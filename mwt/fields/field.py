@@ -1,0 +1,105 @@
+"""What every ordinary field is: a module from coordinates to values, one network or N independent ones at once."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mwt.errors import InputError
+from mwt.fields.config import FieldConfig
+from mwt.fields.layers import Linear
+
+MuonParameter = tuple[str, nn.Parameter, str]
+"""Name, matrix [*N, in, out] and its layout, "in_out" or "out_in"."""
+
+
+class Field(nn.Module):
+    """A coordinate network with its own parameters, to be fitted by any optimizer.
+
+    Subclasses compute `values`. With `copies=N` every parameter has a leading axis [N, ...], and so have the values:
+    N networks that share nothing but the code. `derivatives` says how many derivatives with respect to coordinates
+    autograd gives rightly (0, 1, or 2 for two and more; `mwt.fields.activations.Activation.derivatives`).
+    """
+
+    config: FieldConfig
+    """What `build_field` made it from."""
+
+    def __init__(self, *, coordinate_dims: int, channels: int, copies: int | None, derivatives: int) -> None:
+        super().__init__()
+        self.coordinate_dims = coordinate_dims
+        self.channels = channels
+        self.copies = copies
+        self.derivatives = derivatives
+
+    def forward(self, coords: Float[Tensor, "*B P D"]) -> Float[Tensor, "*N P C"]:
+        """Values at coordinates [P, D], which copies share, or [N, P, D].
+
+        Raises:
+            InputError: coordinates of another shape.
+        """
+        wanted = f"[P, {self.coordinate_dims}]" + ("" if self.copies is None else f" or [{self.copies}, P, D]")
+        own = coords.ndim == 3 and self.copies in (None, coords.shape[0])
+        if coords.shape[-1] != self.coordinate_dims or not (coords.ndim == 2 or own):
+            raise InputError(f"The field takes coordinates {wanted}, not {list(coords.shape)}.")
+        return self.values(coords)
+
+    def values(self, coords: Tensor) -> Tensor:
+        """`forward` without the check of shapes."""
+        raise NotImplementedError
+
+    def muon_parameters(self) -> list[MuonParameter]:
+        """The matrices between hidden layers, which Muon may train; everything else is Adam's."""
+        return []
+
+    @property
+    def num_parameters(self) -> int:
+        """Real numbers that are learned, per network."""
+        return sum(parameter.numel() for parameter in self.parameters()) // (self.copies or 1)
+
+    def require_derivatives(self, order: int, task: str) -> None:
+        """Refuse a field whose derivatives will not do.
+
+        Raises:
+            InputError: `task` needs derivatives of an order that this field has not.
+        """
+        if self.derivatives < order:
+            raise InputError(
+                f"{task} needs derivatives of order {order} with respect to coordinates; those of this field are right "
+                f"up to order {self.derivatives}. Choose a smoother activation or interpolation (finer: "
+                "activation.detach_scale=false)."
+            )
+
+
+def hidden_matrices(layers: nn.ModuleList, prefix: str) -> list[MuonParameter]:
+    """The weights of real linear layers, named as in `named_parameters`."""
+    found: list[MuonParameter] = []
+    for i, layer in enumerate(layers):
+        if isinstance(layer, Linear) and not layer.complex_values:
+            found.append((f"{prefix}.{i}.weight", layer.weight, "in_out"))
+    return found
+
+
+@torch.no_grad()
+def evaluate(
+    field: Field, coords: Float[Tensor, "*B P D"], *, chunk: int = 65536, device: torch.device | None = None
+) -> Float[Tensor, "*N P C"]:
+    """The field's values without a graph, in evaluation mode, at most `chunk` points at a time.
+
+    Args:
+        coords: [P, D], or [N, P, D] for copies.
+        chunk: points in memory at once, over all copies together.
+        device: where the values are put together, chunk by chunk; by default where the coordinates are.
+
+    Raises:
+        InputError: coordinates of another shape, or `chunk` below 1.
+    """
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}; it must be at least 1.")
+    at_once = max(1, chunk // (field.copies or 1))
+    training = field.training
+    field.eval()
+    try:
+        return torch.cat([field(part).to(device or coords.device) for part in coords.split(at_once, dim=-2)], dim=-2)
+    finally:
+        field.train(training)

@@ -1,0 +1,77 @@
+"""Configuration of `train.fit`: a task, its signal, a field, an optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import field as made
+from typing import Any, Literal
+
+from mwt.config import _require
+from mwt.fields.config import FieldConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptimConfig:
+    """How a field is fitted. Rates fall along a cosine to zero over exactly the steps that are run."""
+
+    name: Literal["adam", "muon", "lbfgs"] = "adam"
+    """muon: the matrices between hidden layers by Muon, everything else by Adam. lbfgs: all points, one signal."""
+    lr: float = 1e-3
+    """Adam's rate; with muon that of everything but the hidden matrices; lbfgs's step, best left at 1."""
+    lr_muon: float | None = None
+    """Muon's; null: 0.03 times the median spectral norm of the hidden matrices at the start (docs/muon.md)."""
+    steps: int = 1000
+    points: int | None = None
+    """Points that a step sees, each once before any comes again; null: all."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        _require(self.lr_muon is None or self.lr_muon > 0, "optim.lr_muon must be positive, or null.")
+        _require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
+        _require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        _require(
+            self.name != "lbfgs" or self.points is None,
+            "optim.name=lbfgs looks along a line and needs the same points in each step: leave out optim.points.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRunConfig:
+    """How and where the program runs."""
+
+    dir: str = "runs/fit"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    evaluations: int = 24
+    """How often the whole signal is evaluated, more often at first: the points of curves, the frames of the film."""
+    checkpoint_minutes: float = 5.0
+    film: bool = True
+    """Write progress.gif."""
+    ranks: bool = True
+    """Follow the ranks of the hidden matrices at each evaluation (ranks.png; Muon's diagnostic)."""
+
+    def __post_init__(self) -> None:
+        _require(self.evaluations >= 1, f"run.evaluations is {self.evaluations}; it must be at least 1.")
+        _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
+        _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Everything that `train.fit` takes."""
+
+    task: str = "image"
+    """One of `mwt.signals.list_tasks()`."""
+    signal: dict[str, Any] = made(default_factory=dict)
+    """`path`, a file, a folder or a glob, and the task's own options (mwt/signals/TASK.py, Options)."""
+    field: FieldConfig = made(default_factory=FieldConfig)
+    optim: FitOptimConfig = made(default_factory=FitOptimConfig)
+    run: FitRunConfig = made(default_factory=FitRunConfig)
+
+
+FIT_DEBUG = ("optim.steps=4", "optim.points=256", "run.evaluations=2", "run.device=cpu", "field.mlp.width=16")
+"""What `--debug` adds: seconds, through everything."""

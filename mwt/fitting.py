@@ -1,0 +1,242 @@
+"""Ordinary fitting: gradient steps on the parameters of a field, or of N at once, until they show their signals."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mwt.errors import InputError, TrainingError
+from mwt.fields import Field, build_field
+from mwt.fields.config import FieldConfig
+from mwt.fit_config import FitOptimConfig
+from mwt.muon import Muon
+from mwt.muon_groups import split_parameters
+from mwt.rank import RankRow, RankTracker
+from mwt.runtime import sync
+from mwt.signals.task import Evaluation, Sampler, Task, means
+
+
+def fields_for(config: FieldConfig, task: Task, *, seed: int) -> Field:
+    """A field for the task's signal, or one for each of its signals, all beginning as a single one would.
+
+    Raises:
+        InputError: settings that do not go together, or a field whose derivatives will not do for the task.
+    """
+    sizes = {"coordinate_dims": task.frame.coordinate_dims, "channels": task.channels, "seed": seed}
+    single = build_field(config, **sizes)
+    single.require_derivatives(task.derivatives, f"task={type(task).__name__.removesuffix('Task').lower()}")
+    if task.count == 1:
+        return single
+    several = build_field(config, **sizes, copies=task.count)
+    alike = build_field(config, **sizes, copies=1).state_dict()
+    several.load_state_dict({name: value.expand_as(several.state_dict()[name]) for name, value in alike.items()})
+    return several
+
+
+def make_fit_optimizer(fields: Field, config: FitOptimConfig) -> torch.optim.Optimizer:
+    """Adam, Muon with Adam, or L-BFGS, over all parameters of the fields.
+
+    Raises:
+        InputError: Muon for a field without hidden matrices; L-BFGS for several fields, which it would couple.
+    """
+    if config.name == "lbfgs":
+        if fields.copies is not None:
+            raise InputError("optim.name=lbfgs takes one signal at a time: its line search would couple several.")
+        return torch.optim.LBFGS(
+            fields.parameters(), lr=config.lr, max_iter=20, history_size=100, line_search_fn="strong_wolfe"
+        )
+    decay = config.weight_decay
+    if config.name == "muon":
+        groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr, weight_decay=decay)
+        for group in groups:
+            group["weight_decay"] = decay
+        return Muon(groups)
+    return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, eps=1e-8)  # decay 0: Adam
+
+
+def evaluation_steps(steps: int, count: int) -> list[int]:
+    """`count` steps, the last among them, dense at the beginning, where most happens; fewer where steps are few."""
+    return sorted({max(1, round(steps * ((i + 1) / count) ** 2)) for i in range(count)})
+
+
+Row = dict[str, Any]
+"""An entry of a curve: step, seconds, loss, and the metrics' means."""
+
+
+@dataclass
+class SignalFit:
+    """A fit on its way: fields, optimizer, and what has been seen so far. `run` goes on from `step`."""
+
+    task: Task
+    fields: Field
+    config: FitOptimConfig
+    seed: int
+    evaluations: int
+    ranks: RankTracker | None = None
+    step: int = 0
+    curve: list[Row] = field(default_factory=list)
+    """One entry an evaluation."""
+    best: Row = field(default_factory=dict)
+    """The entry with the best `task.metric`."""
+    seconds: float = 0.0
+    """Spent in steps; evaluations are left out."""
+
+    def __post_init__(self) -> None:
+        self.optimizer = make_fit_optimizer(self.fields, self.config)
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        device = next(self.fields.parameters()).device
+        self.baselines = self.task.baselines()
+        self.sampler = Sampler(self.task.points, self.config.points, self.seed, device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps have been made."""
+        return self.step >= self.config.steps
+
+    def run(
+        self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]
+    ) -> bool:
+        """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
+
+        Raises:
+            TrainingError: a loss that is not finite; names the step and the signal.
+        """
+        looks = set(evaluation_steps(self.config.steps, self.evaluations))
+        while not self.finished:
+            began = time.perf_counter()
+            losses = self.make_step()
+            self.step += 1
+            if self.step in looks:
+                loss = self._checked(losses)  # waits for the device
+                self.seconds += time.perf_counter() - began
+                on_evaluation(self._look(loss))
+            else:
+                self.seconds += time.perf_counter() - began
+            on_step()
+            if stop():
+                return self.finished
+        return True
+
+    def make_step(self) -> Tensor:
+        """One optimizer step; the losses [N] before it. The sum over signals is minimised: they do not meet."""
+        if self.config.schedule == "cosine" and self.config.name != "lbfgs":
+            factor = (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+        index, seen = self.sampler.index(self.step), []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self.task.loss(self.fields, index, self.sampler.generator(self.step))
+            total: Tensor = losses.sum()
+            total.backward()
+            seen.append(losses.detach())
+            return total
+
+        if self.config.name == "lbfgs":
+            self.optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            closure()
+            self.optimizer.step()
+        return seen[0]
+
+    def _checked(self, losses: Tensor) -> float:
+        if not bool(losses.isfinite().all()):
+            name = self.task.names[int((~losses.isfinite()).nonzero()[0])]
+            raise TrainingError(
+                f"The loss of {name} was not finite at step {self.step}: the rates are too large for this field "
+                f"(optim.lr={self.config.lr:g}). Nothing of this fit can be used."
+            )
+        return float(losses.mean())
+
+    def _look(self, loss: float) -> Evaluation:
+        found = self.task.evaluate(self.fields)
+        row = {"step": self.step, "seconds": round(self.seconds, 3), "loss": loss, **means(found.metrics)}
+        self.curve.append(row)
+        if not self.best or row[self.task.metric] > self.best[self.task.metric]:
+            self.best = row
+        if self.ranks is not None:
+            self.ranks.record(self.step)
+        return found
+
+    # ---- on disk -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write all that a fit needs to go on, in one file: the old one or the whole new one.
+
+        Raises:
+            OSError: disk full, no permission.
+        """
+        tensors = {f"field.{name}": value for name, value in self.fields.state_dict().items()}
+        moments = _without_tensors(self.optimizer.state_dict()["state"], "optimizer", tensors)
+        content = {name: getattr(self, name) for name in ("step", "seconds", "rates", "curve", "best")}
+        content |= {"moments": moments, "ranks": self.ranks.as_json() if self.ranks else []}
+        temporary = path.with_name(f".{path.name}")
+        try:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(tensors, temporary, metadata={"fit": json.dumps(content)})
+            sync(temporary)
+            temporary.replace(path)
+        except SafetensorError as error:  # wraps the system's errors, whose text alone names them
+            raise OSError(errno.EIO, f"the checkpoint could not be written ({error})", str(path)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            InputError: a damaged file, or one of another fit.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                content = json.loads(file.metadata()["fit"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self.fields.load_state_dict(
+                {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
+            )
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
+        device = next(self.fields.parameters()).device
+        tensors = {name: value.to(device, copy=True) for name, value in tensors.items()}  # out of the file's alignment
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, values in content["moments"].items():  # not `load_state_dict`, which rounds L-BFGS's scalars
+            self.optimizer.state[parameters[int(index)]] = _with_tensors(values, tensors)
+        for name in ("step", "seconds", "rates", "curve", "best"):
+            setattr(self, name, content[name])
+        if self.ranks is not None:
+            self.ranks.rows = [RankRow(**row) for row in content["ranks"]]
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The same for JSON: each tensor goes into `tensors`, and {"tensor": its name} stands in its place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {str(key): _without_tensors(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value

@@ -1,0 +1,137 @@
+"""Image regression: a field that shows a picture, at any size and scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mwt.errors import InputError
+from mwt.fields import Field, Frame
+from mwt.signals.pictures import PICTURES, error_map, psnr, read_pictures, ssim, to_bytes, write_picture
+from mwt.signals.task import Evaluation, Task, predict, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How pictures are read; of every task that fits one."""
+
+    grey: bool = False
+    """Read colours as grey."""
+    crop: int | None = None
+    """Use the square of so many pixels in the middle."""
+    low: float = -1.0
+    """What black is for the field."""
+    high: float = 1.0
+    """What white is."""
+    aspect: str = "stretch"
+    """stretch: both axes run from -1 to 1. keep: the longer one does, and pixels stay square."""
+    scale: int = 1
+    """Written reconstructions have so many times the pixels along each axis."""
+
+
+def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
+    """Axes (y, x), row by row, end points included.
+
+    Raises:
+        InputError: an aspect or a value range that will not do.
+    """
+    if options.aspect not in ("stretch", "keep"):
+        raise InputError(f"signal.aspect is {options.aspect!r}; it is stretch or keep.")
+    longer = max(height, width)
+    spans = (1.0, 1.0) if options.aspect == "stretch" else (height / longer, width / longer)
+    return Frame(
+        kind="image",
+        axes=("y", "x"),
+        coordinate_range=tuple((-span, span) for span in spans),
+        size=(height, width),
+        value_range=(options.low, options.high),
+        data_range=(0.0, 1.0),
+    )
+
+
+def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N h w C"]:
+    """The square in the middle.
+
+    Raises:
+        InputError: the pictures are smaller.
+    """
+    if size is None:
+        return pictures
+    height, width = pictures.shape[1:3]
+    if not 1 <= size <= min(height, width):
+        raise InputError(f"signal.crop is {size}; the picture is {height} x {width}.")
+    top, left = (height - size) // 2, (width - size) // 2
+    return pictures[:, top : top + size, left : left + size]
+
+
+class ImageTask(Task):
+    """Mean squared error at pixels. What a field is compared with is the picture itself."""
+
+    metric = "psnr"
+    endings = PICTURES
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(ImageOptions):
+        """Those of all pictures."""
+
+    def __init__(self, paths: Sequence[Path], options: ImageOptions, device: torch.device) -> None:
+        pictures = centre(read_pictures(paths, grey=options.grey), options.crop).to(device)
+        self.names = tuple(path.name for path in paths)
+        self.options = options
+        self.set_truth(pictures)
+
+    def set_truth(self, pictures: Float[Tensor, "N h w C"]) -> None:
+        """Everything that follows from the pictures."""
+        self.truth = pictures
+        height, width, self.channels = pictures.shape[1:]
+        self.frame = image_frame(height, width, self.options)
+        self.coords = self.frame.grid(device=pictures.device)
+        self.values = self.frame.to_values(pictures.flatten(1, 2))
+        """What the loss compares with, [N, P, C], in the field's range."""
+
+    @property
+    def points(self) -> int:
+        """Pixels."""
+        return len(self.coords)
+
+    def loss(self, fields: Field, index: Int[Tensor, " P"] | None, generator: torch.Generator) -> Float[Tensor, " N"]:
+        """Mean squared error over pixels and channels."""
+        coords, values = self.coords, self.values
+        if index is not None:
+            coords, values = coords[index], values[:, index]
+        return (predict(fields, coords) - values).square().mean((-2, -1))
+
+    def reconstruct(self, fields: Field, size: tuple[int, int] | None = None) -> Float[Tensor, "N h w C"]:
+        """The pictures that the fields show, in [0, 1] but not clamped, at their own size or another."""
+        coords = self.coords if size is None else self.frame.grid(size, device=self.coords.device)
+        return self.frame.to_data(show(fields, coords)).unflatten(1, size or self.truth.shape[1:3])
+
+    def judge(self, shown: Float[Tensor, "N h w C"]) -> dict[str, Float[Tensor, " N"]]:
+        """PSNR and SSIM over the whole picture."""
+        metrics = {"psnr": psnr(shown.flatten(1, 2), self.truth.flatten(1, 2))}
+        return metrics if min(shown.shape[1:3]) < 11 else {**metrics, "ssim": ssim(shown, self.truth)}
+
+    def evaluate(self, fields: Field) -> Evaluation:
+        """What `judge` says, and pictures."""
+        shown = self.reconstruct(fields)
+        return Evaluation(
+            metrics=self.judge(shown), picture=to_bytes(shown[0]), error=error_map(shown[0], self.truth[0])
+        )
+
+    def write(self, fields: Field, folder: Path) -> list[Path]:
+        """NAME.png and NAME.error.png of each signal, and the first one's truth."""
+        shown = self.reconstruct(fields)
+        height, width = self.truth.shape[1:3]
+        large = self.reconstruct(fields, (height * self.options.scale, width * self.options.scale))
+        files = []
+        for name, picture, own, truth in zip(self.names, large, shown, self.truth, strict=True):
+            stem = Path(name).stem
+            files.append(write_picture(folder / f"{stem}.png", to_bytes(picture)))
+            files.append(write_picture(folder / f"{stem}.error.png", error_map(own, truth)))
+            files.append(write_picture(folder / f"{stem}.truth.png", to_bytes(truth)))
+        return files

@@ -1,0 +1,118 @@
+"""Pictures from files, and as arrays for people: shared by the tasks that see images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib import colormaps
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from mwt.errors import InputError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
+"""Endings that `read_picture` takes."""
+
+
+def read_picture(path: Path, *, grey: bool = False) -> Float[Tensor, "h w C"]:
+    """An image file as numbers in [0, 1]: 8 and 16 bits, grey or RGB (transparency is dropped), or .npy of floats.
+
+    Raises:
+        InputError: no such file, not an image, or an array of another form.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    if path.suffix.lower() == ".npy":
+        return _read_array(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's `I` holds them in 32
+                array = np.asarray(image, dtype=np.float32)
+                array = array if image.mode == "F" else array / np.float32(65535 if array.max() > 255 else 255)
+            else:
+                wanted = "L" if grey or image.mode in ("L", "LA", "1") else "RGB"
+                array = np.asarray(image.convert(wanted), dtype=np.float32) / np.float32(255)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+    picture = torch.from_numpy(np.ascontiguousarray(array))
+    picture = picture[..., None] if picture.ndim == 2 else picture
+    if grey and picture.shape[-1] > 1:
+        picture = picture @ picture.new_tensor([[0.299], [0.587], [0.114]])
+    return picture
+
+
+def _read_array(path: Path) -> Float[Tensor, "h w C"]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path} is not an array that can be read ({error}).") from error
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[-1] not in (1, 3) or not np.issubdtype(array.dtype, np.number):
+        raise InputError(f"{path} holds an array of shape {array.shape}; an image is [h, w], [h, w, 1] or [h, w, 3].")
+    if np.issubdtype(array.dtype, np.integer):
+        array = array / np.iinfo(array.dtype).max
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        raise InputError(f"{path} holds numbers outside [0, 1]; scale them first.")
+    return torch.from_numpy(array)
+
+
+def read_pictures(paths: Sequence[Path], *, grey: bool = False) -> Float[Tensor, "N h w C"]:
+    """Several pictures of one size.
+
+    Raises:
+        InputError: as of `read_picture`, or sizes differ; names the file.
+    """
+    pictures = [read_picture(path, grey=grey) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise InputError(
+                f"{path} is {describe(picture)} and {paths[0]} is {describe(pictures[0])}; pictures that are fitted "
+                "together have one size and one number of channels."
+            )
+    return torch.stack(pictures)
+
+
+def describe(picture: Float[Tensor, "h w C"]) -> str:
+    """Its size for people."""
+    height, width, channels = picture.shape
+    return f"{height} x {width}{', grey' if channels == 1 else ''}"
+
+
+def to_bytes(picture: Float[Tensor, "h w C"]) -> UInt8[Tensor, "C h w"]:
+    """Numbers in [0, 1] (clamped) as grey levels 0 to 255, channels first."""
+    return (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(2, 0, 1).cpu()
+
+
+def error_map(shown: Float[Tensor, "h w C"], truth: Float[Tensor, "h w C"]) -> UInt8[Tensor, "3 h w"]:
+    """Absolute error, its mean over channels, black at 0 to yellow at 0.1 and more (matplotlib's inferno)."""
+    size = (shown - truth).detach().float().abs().mean(-1).cpu() / 0.1
+    colours = colormaps["inferno"](size.clamp(0, 1).numpy(), bytes=True)[..., :3]
+    return torch.from_numpy(np.ascontiguousarray(colours)).permute(2, 0, 1)
+
+
+def write_picture(path: Path, picture: UInt8[Tensor, "C h w"]) -> Path:
+    """Write a PNG file."""
+    array = picture[0] if picture.shape[0] == 1 else picture.permute(1, 2, 0)
+    Image.fromarray(array.contiguous().numpy()).save(path, "PNG")
+    return path
+
+
+def psnr(shown: Float[Tensor, "N P C"], truth: Float[Tensor, "N P C"]) -> Float[Tensor, " N"]:
+    """Peak signal-to-noise ratio in dB of numbers in [0, 1]; what is shown is clamped, as a screen does."""
+    error = (shown.clamp(0, 1) - truth).double().square().mean((-2, -1))
+    return (-10 * error.clamp_min(1e-12).log10()).float()
+
+
+def ssim(shown: Float[Tensor, "N h w C"], truth: Float[Tensor, "N h w C"]) -> Float[Tensor, " N"]:
+    """Structural similarity (Wang et al. 2004) with an 11 x 11 Gaussian window of deviation 1.5, numbers in [0, 1]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    pair = (shown.clamp(0, 1).movedim(-1, 1), truth.movedim(-1, 1))
+    found = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+    return found if isinstance(found, Tensor) else found[0]

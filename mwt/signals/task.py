@@ -1,0 +1,142 @@
+"""What a task is: a signal, or several of one shape, what a fit sees of it, and how well a field shows it.
+
+A task is made from files by its class in `TASKS` and knows nothing of optimizers. Everything has a leading axis of N
+signals, 1 for a single one: fields without copies give it through `predict`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mwt.fields import Field, Frame, evaluate
+from mwt.rng import derived_seed, permutation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well the fields show their signals. `metrics` by name, one number a signal; pictures of the first signal."""
+
+    metrics: dict[str, Float[Tensor, " N"]]
+    picture: UInt8[Tensor, "C h w"]
+    """What the field shows."""
+    error: UInt8[Tensor, "C h w"] | None = None
+    """Where it is wrong: brighter is worse."""
+
+
+def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
+    """Each metric's mean over the signals."""
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+class Task(ABC):
+    """One kind of signal. A subclass reads files in its constructor: `__init__(paths, options, device)`."""
+
+    metric: ClassVar[str]
+    """The metric that decides what is best; larger is better."""
+    derivatives: int = 0
+    """Derivatives with respect to coordinates that the loss takes."""
+    endings: ClassVar[tuple[str, ...]] = ()
+    """Of the files that a folder of signals is searched for."""
+    takes_folder: ClassVar[bool] = False
+    """Whether a folder is one signal."""
+    several: ClassVar[bool] = True
+    """Whether several signals can be fitted as one batch."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `signal.KEY` may hold beside `signal.path`."""
+
+    @abstractmethod
+    def __init__(self, paths: Sequence[Path], options: Any, device: torch.device) -> None:
+        """Read the signals.
+
+        Args:
+            paths: what `signal.path` names, one or more files.
+            options: of the class's own `Options`.
+
+        Raises:
+            InputError: a file or an option that will not do.
+        """
+
+    frame: Frame
+    channels: int
+    names: tuple[str, ...]
+    """One name a signal."""
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.names)
+
+    @property
+    @abstractmethod
+    def points(self) -> int:
+        """What there is to sample from: pixels, samples, rays."""
+
+    @abstractmethod
+    def loss(self, fields: Field, index: Int[Tensor, " P"] | None, generator: torch.Generator) -> Float[Tensor, " N"]:
+        """The loss of each signal at the points `index` (None: all of them); `generator` for what else is random."""
+
+    @abstractmethod
+    def evaluate(self, fields: Field) -> Evaluation:
+        """Metrics and pictures, without a graph."""
+
+    @abstractmethod
+    def write(self, fields: Field, folder: Path) -> list[Path]:
+        """Write the reconstructions, and the error maps where there are some; returns the files."""
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics (means over the signals) of simple methods on the same data, by name."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What a result file says of the signal."""
+        return {"signals": self.count, "points": self.points, "size": self.frame.size}
+
+
+def predict(fields: Field, coords: Float[Tensor, "P D"] | Float[Tensor, "N P D"]) -> Float[Tensor, "N P C"]:
+    """Values with the axis of signals, with a graph."""
+    values = fields(coords)
+    return values if values.ndim == 3 else values[None]
+
+
+def show(fields: Field, coords: Float[Tensor, "P D"], *, chunk: int = 8192) -> Float[Tensor, "N P C"]:
+    """`predict` for all points of a signal: without a graph, in chunks of bounded memory."""
+    values = evaluate(fields, coords, chunk=chunk)
+    return values if values.ndim == 3 else values[None]
+
+
+@dataclass
+class Sampler:
+    """Which points each step sees: every point once before any comes again, in an order by (seed, round).
+
+    The remainder of a round that fills no batch is left out, others each time. The same points for all signals.
+    """
+
+    points: int
+    batch: int | None
+    seed: int
+    device: torch.device
+    _order: tuple[int, Tensor] | None = field(default=None, init=False)
+
+    def index(self, step: int) -> Int[Tensor, " P"] | None:
+        """The points of a step, counted from 0; None: all of them, in order."""
+        if self.batch is None or self.batch >= self.points:
+            return None
+        round_, place = divmod(step, self.points // self.batch)
+        if self._order is None or self._order[0] != round_:
+            order = permutation(self.points, seed=self.seed, purpose="points", epoch=round_)
+            self._order = (round_, order.to(self.device))
+        return self._order[1][place * self.batch : (place + 1) * self.batch]
+
+    def generator(self, step: int) -> torch.Generator:
+        """For what else a step draws."""
+        return torch.Generator(self.device).manual_seed(derived_seed(self.seed, "step", step))

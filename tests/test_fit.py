@@ -1,0 +1,207 @@
+"""train.fit through everything, and the fits themselves: one or several, any optimizer, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mwt.errors import InputError, TrainingError
+from mwt.fields import FieldConfig, evaluate, load_field
+from mwt.fields.config import MLPConfig
+from mwt.fit_config import FitOptimConfig
+from mwt.fitting import SignalFit, evaluation_steps, fields_for
+from mwt.signals import TASKS, Sampler, signal_paths
+from mwt.signals.image import ImageTask
+from mwt.signals.pictures import read_picture
+from train.fit import main
+
+CPU = torch.device("cpu")
+SMALL = FieldConfig(mlp=MLPConfig(width=24, hidden_layers=2))
+
+
+def picture(seed: int, height: int = 20, width: int = 24, channels: int = 3) -> np.ndarray:
+    """Smooth colours."""
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [0.5 + 0.5 * np.sin((2 + c + seed) * x + (c + 1) * y * 3) for c in range(channels)]
+    return np.round(255 * np.stack(waves, -1)).astype(np.uint8).squeeze()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i in range(3):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def image_task(paths: list[Path]) -> ImageTask:
+    return ImageTask(paths, ImageTask.Options(), CPU)
+
+
+def fitted(task: ImageTask, optim: FitOptimConfig, seed: int = 3) -> SignalFit:
+    fit = SignalFit(task, fields_for(SMALL, task, seed=seed), optim, seed, evaluations=3)
+    fit.run(lambda: False, lambda _: None, lambda: None)
+    return fit
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_several_signals_at_once_are_fitted_as_each_alone(folder: Path, name: str) -> None:
+    optim = FitOptimConfig(name=name, steps=12, points=100)
+    paths = signal_paths(str(folder), ImageTask)
+    together = fitted(image_task(paths), optim)
+    for i, path in enumerate(paths):
+        alone = fitted(image_task([path]), optim)
+        for key, value in alone.fields.state_dict().items():
+            torch.testing.assert_close(together.fields.state_dict()[key][i], value, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_gradient_descent_by_adam_is_torchs(folder: Path) -> None:
+    """The whole loop against ten lines of torch: the same points, losses, cosine and Adam."""
+    task = image_task([folder / "0.png"])
+    optim = FitOptimConfig(steps=10, points=64, lr=2e-3)
+    ours = fitted(task, optim)
+    field = fields_for(SMALL, task, seed=3)
+    adam = torch.optim.Adam(field.parameters(), lr=2e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10)
+    sampler = Sampler(task.points, 64, 3, CPU)
+    truth = torch.from_numpy(picture(0)).float().div(127.5).sub(1).reshape(-1, 3)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 20), torch.linspace(-1, 1, 24), indexing="ij")
+    coords = torch.stack([y, x], -1).reshape(-1, 2)
+    for step in range(10):
+        index = sampler.index(step)
+        adam.zero_grad()
+        ((field(coords[index]) - truth[index]) ** 2).mean().backward()
+        adam.step()
+        cosine.step()
+    for a, b in zip(ours.fields.parameters(), field.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adam", "muon", "lbfgs"])
+def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None:
+    optim = FitOptimConfig(
+        name=name, steps=8, points=None if name == "lbfgs" else 100, lr=1.0 if name == "lbfgs" else 1e-3
+    )
+    task = image_task([folder / "0.png"])
+    whole = fitted(task, optim)
+    first = SignalFit(task, fields_for(SMALL, task, seed=3), optim, 3, evaluations=3)
+    first.run(lambda: first.step == 5, lambda _: None, lambda: None)
+    first.save(folder / "checkpoint.safetensors")
+    second = SignalFit(task, fields_for(SMALL, task, seed=99), optim, 3, evaluations=3)
+    second.restore(folder / "checkpoint.safetensors")
+    second.run(lambda: False, lambda _: None, lambda: None)
+    for a, b in zip(whole.fields.parameters(), second.fields.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [row["step"] for row in second.curve] == evaluation_steps(8, 3)
+
+
+def test_every_point_comes_once_before_any_comes_again() -> None:
+    sampler = Sampler(10, 3, 0, CPU)
+    seen = torch.cat([sampler.index(step) for step in range(3)])
+    assert len(seen.unique()) == 9
+    assert not torch.equal(sampler.index(3), sampler.index(0))
+    assert Sampler(10, 10, 0, CPU).index(0) is None
+
+
+def test_a_loss_that_is_not_finite_names_step_and_signal(folder: Path) -> None:
+    with pytest.raises(TrainingError, match=r"0.png was not finite at step"):
+        fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=30, lr=1e30))
+
+
+@pytest.mark.parametrize("mode", ["grey", "16 bits", "jpeg", "float array"])
+def test_pictures_of_all_kinds(tmp_path: Path, mode: str) -> None:
+    grey = picture(0, channels=1)
+    if mode == "grey":
+        Image.fromarray(grey).save(path := tmp_path / "a.png")
+    elif mode == "16 bits":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path := tmp_path / "a.tiff")
+    elif mode == "jpeg":
+        Image.fromarray(grey).save(path := tmp_path / "a.jpg", quality=100)
+    else:
+        np.save(path := tmp_path / "a.npy", grey / 255)
+    found = read_picture(path)
+    assert found.shape == (20, 24, 1)
+    np.testing.assert_allclose(found[..., 0].numpy(), grey / 255, atol=0.02 if mode == "jpeg" else 1e-6)
+
+
+def run(*arguments: str) -> int:
+    return main(["--debug", "field.mlp.hidden_layers=1", *arguments])
+
+
+def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "run"
+    assert run("optim.name=muon", f"signal.path={folder}/*.png", f"run.dir={out}") == 0
+    found = json.loads((out / "result.json").read_text())
+    assert set(found["final"]) == {"psnr", "ssim"}
+    assert set(found["signals"]) == {"0.png", "1.png", "2.png"}
+    assert found["steps"] == 4
+    for name in ("curves.png", "ranks.png", "progress.gif", "reconstruction/2.png", "reconstruction/2.error.png"):
+        assert (out / name).stat().st_size > 100
+    assert not (out / "checkpoint.safetensors").exists()
+    field, frame = load_field(out / "field")
+    values = frame.to_data(evaluate(field, frame.grid())).clamp(0, 1)
+    shown = np.asarray(Image.open(out / "reconstruction/1.png"))
+    np.testing.assert_array_equal((values[1].view(20, 24, 3) * 255).round().numpy(), shown)
+    with Image.open(out / "progress.gif") as film:
+        assert film.n_frames == 2
+    assert "best" in capsys.readouterr().out
+    assert main(["--resume", f"run.dir={out}"]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
+    run(f"signal.path={folder}/0.png", f"run.dir={folder / 'run'}")
+    found = json.loads((folder / "run/result.json").read_text())
+    assert found["macs_per_point"] == 2 * 16 + 16 * 16 + 16 * 3
+    assert found["parameters"] == 3 * 16 + 17 * 16 + 17 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["signal.path=/no/such.png"], "There is no file /no/such.png"),
+        ([], "signal.path is missing"),
+        (["signal.path={folder}/0.png", "signal.hight=3"], "Did you mean: 'high'"),
+        (["signal.path={folder}/0.png", "task=imgae"], "task is 'imgae'; there are image"),
+        (["signal.path={folder}/text.png"], "not an image that can be read"),
+        (["signal.path={folder}/empty"], "holds no file that ends in"),
+        (["signal.path={folder}/0.png", "signal.crop=400"], "signal.crop is 400; the picture is 20 x 24"),
+        (["signal.path={folder}/[01]*.png"], "10.png is 9 x 9 and .*0.png is 20 x 24"),
+        (["signal.path={folder}/0.png", "task=poisson", "field.mlp.activation.name=relu", "signal.given=laplacian"],
+         "derivatives of order 2"),
+        (["signal.path={folder}/0.png", "task=super_resolution", "optim.points=3"], "leave out optim.points"),
+        (["signal.path={folder}/0.png", "task=inpainting"], "some known and some missing"),
+        (["signal.path={folder}/0.png", "task=inpainting", "signal.mask={folder}/10.png"], "mask .* is 9 x 9"),
+        (["signal.path={folder}/0.png", "task=inpainting", "signal.box=[0,0,90,2]"], "does not lie within"),
+        (["signal.path={folder}/0.png", "task=video"], "has one frame"),
+        (["signal.path={folder}/[12].png", "optim.name=lbfgs", "optim.points=null"], "one signal at a time"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
+    (folder / "text.png").write_text("no picture")
+    (folder / "empty").mkdir()
+    Image.fromarray(picture(0, 9, 9)).save(folder / "10.png")
+    with pytest.raises(InputError, match=message):
+        run(*(item.format(folder=folder) for item in arguments), f"run.dir={folder / 'run'}")
+
+
+def test_every_task_goes_through_the_program(folder: Path) -> None:
+    options = {
+        "inpainting": ["signal.keep=0.5", "signal.text=ab", "optim.points=50"],
+        "super_resolution": ["signal.factor=2", "optim.points=null"],
+        "poisson": ["signal.given=laplacian", "optim.points=50"],
+    }
+    for task in ("image", "denoising", "inpainting", "super_resolution", "poisson"):
+        out = folder / task
+        assert run(f"task={task}", f"signal.path={folder}/0.png", f"run.dir={out}", *options.get(task, [])) == 0
+        assert np.isfinite(json.loads((out / "result.json").read_text())["final"][TASKS[task].metric])
+    frames = folder / "frames"
+    frames.mkdir()
+    for i in range(3):
+        Image.fromarray(picture(i)).save(frames / f"{i}.png")
+    assert run("task=video", f"signal.path={frames}", f"run.dir={folder / 'video'}") == 0
+    assert (folder / "video/reconstruction/video.gif").is_file()
