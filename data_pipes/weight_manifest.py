@@ -210,7 +210,8 @@ def read_networks(file: Path, layout: Layout, suffix: str = "") -> Weights:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} is missing or damaged ({error}); copy or export the networks again.") from error
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for i, (outputs, inputs) in enumerate(layout.shapes):
         for kind, shape, into in (("weight", (outputs, inputs), weights), ("bias", (outputs,), biases)):
             tensor = tensors.get(f"layers.{i}.{kind}{suffix}")

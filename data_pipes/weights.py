@@ -5,7 +5,7 @@
     mean, std = weights.statistics()                  of the training split
 
 Shards are mapped into memory: only what is asked for is read. `weights.resident(device)` keeps a split in memory.
-Writing them: `data_pipes.weight_write`.
+Writing them: `data_pipes.weight_write.WeightSetWriter`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -110,9 +110,7 @@ class WeightSet(Dataset[tuple[Weights, int]]):
         if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
             raise IndexError(f"places {int(wanted.min())} … {int(wanted.max())} of {len(self)} networks")
         rows = self._rows(wanted)
-        layers = [
-            (rows[f"layers.{i}.weight"], rows[f"layers.{i}.bias"]) for i in range(self.manifest.stored_layers)
-        ]
+        layers = [(rows[f"layers.{i}.weight"], rows[f"layers.{i}.bias"]) for i in range(self.manifest.stored_layers)]
         return WeightBatch(
             weights=networks(self.manifest, self.base, layers, self.values),
             labels=rows["label"], index=rows["index"], psnr=rows["psnr"], copies=rows["copy"],
@@ -225,7 +223,7 @@ def load_weight_set(
     manifest = read_manifest(path)
     if values not in (None, "phi", "delta"):
         raise InputError(f"values={values} is not known; choose phi or delta.")
-    wanted = cast(Values, values or manifest.values)
+    wanted = values or manifest.values
     if wanted != manifest.values and not manifest.has_base:
         raise InputError(
             f"{manifest.folder} holds {manifest.values} and no base, so that there is no {wanted}: its networks were "
@@ -274,7 +272,7 @@ def row_checksums(tensors: dict[str, Tensor]) -> Int[Tensor, " n"]:
     columns = [tensors[name].contiguous() for name in sorted(tensors) if name != "crc32"]
     sums = [0] * len(columns[0])
     for column in columns:
-        raw = column.reshape(len(column), -1).view(torch.uint8).numpy()
+        raw = (column.flatten(1) if column.ndim > 1 else column[:, None]).view(torch.uint8).numpy()
         for row in range(len(sums)):
             sums[row] = zlib.crc32(raw[row].data, sums[row])
     return torch.tensor(sums, dtype=torch.int64)
