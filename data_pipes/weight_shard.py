@@ -29,6 +29,8 @@ class ShardTask:
     start: int
     stop: int
     copies: int
+    batch: int
+    """Signals to be fitted together: `start` is a multiple of it."""
 
     @property
     def name(self) -> str:
@@ -88,9 +90,9 @@ class OpenShard:
             if tensor.shape != (len(places), *shape):
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {[len(places), *shape]}")
             ready = tensor.detach().to("cpu", kind).contiguous()
-            if name != "psnr" and not bool((finite := ready.flatten(1).isfinite().all(1) if ready.ndim > 1
-                                            else ready.isfinite()).all()):  # fmt: skip
-                place = places[int((~finite).nonzero()[0])]
+            bad = ~ready.reshape(len(places), -1).isfinite().all(1)
+            if name != "psnr" and bool(bad.any()):  # of point sets it is NaN
+                place = places[int(bad.nonzero()[0])]
                 raise InputError(
                     f"The network fitted to sample {place} of {self.task.split!r} (copy {copy}) has {name} that is not "
                     f"finite in {self.description.dtype}; the fit diverged, or the numbers are too large for it."

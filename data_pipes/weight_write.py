@@ -83,11 +83,15 @@ class WeightSetWriter:
             size = size // batch * batch or size
             for number, start in enumerate(range(0, count, size)):
                 stop = min(start + size, count)
-                self.tasks.append(ShardTask(split=split, number=number, start=start, stop=stop, copies=copies))
+                self.tasks.append(
+                    ShardTask(split=split, number=number, start=start, stop=stop, copies=copies, batch=min(batch, size))
+                )
         if not counts or min(counts.values()) < 1:
             raise ValueError(f"every split needs a signal at least, not {dict(counts)}")
         tasks = [asdict(task) for task in self.tasks]
-        self._begun_with = {**description.as_json(), "base_sha256": _digest(self.base), "tasks": tasks}
+        # The configuration also says things on which nothing here depends: threads, where the data lies.
+        what = {key: value for key, value in description.as_json().items() if key != "config"}
+        self._begun_with = {**what, "base_sha256": _digest(self.base), "tasks": tasks}
         self._partial = partial_folder(self.out)
         self._lock: int | None = None
         self.complete = False
