@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data_pipes.weight_manifest import Description, layer_tensors
@@ -121,15 +121,15 @@ class OpenShard:
 
 def save_whole(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Writes a file so that it is whole or not there; its size and checksum."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
-        sync(half)
-        with open(half, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = half.stat().st_size
+        with open(half, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(half, path)
         sync(path.parent)
     finally:
         half.unlink(missing_ok=True)
-    return {"bytes": size, "sha256": digest}
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

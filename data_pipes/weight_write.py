@@ -54,7 +54,6 @@ from mwt.weight_space import Weights
 SHARD_BYTES = 128 * 2**20
 """About the size of a shard."""
 _BEGUN, _LOCK, _DATA, _NOTES = "begun.json", "lock", "data", "notes"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WeightSetWriter:
@@ -193,7 +192,7 @@ class WeightSetWriter:
         yield shard
         try:
             self._write(task, shard)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise _unwritable(self.out, error, kept=self._partial) from error
 
     def _write(self, task: ShardTask, shard: OpenShard) -> None:
@@ -311,11 +310,10 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
     return {"splits": splits, "psnr": psnr, "skipped": skipped}
 
 
-def _unwritable(out: Path, error: Exception, kept: Path | None = None) -> InputError:
-    # safetensors wraps the system's errors; their text alone names them
+def _unwritable(out: Path, error: OSError | SafetensorError, kept: Path | None = None) -> InputError:
     number = error.errno if isinstance(error, OSError) else None
     again = f" What is finished stays in {kept}: run the same command again." if kept is not None else ""
-    if number in _FULL or "No space" in str(error):
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"The disk of {out} is full.{again}")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"No permission to write to {out.parent}; choose another --out.")

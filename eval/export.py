@@ -155,7 +155,7 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
         train_split=data.train_split,
         copies=arguments.copies,
         augment=changes if arguments.copies else {"kind": "none"},
-        config=asdict(run.config),
+        config={**asdict(run.config), **{name: block for name, block in asdict(run.model.config).items() if name != "signal"}},
     )  # fmt: skip
 
 
