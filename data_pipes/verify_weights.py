@@ -147,7 +147,10 @@ def _check_psnr(manifest: Manifest, split: str, data: str, report: SplitReport) 
     for place in places.tolist():
         stored = networks.batch([place])
         position, copy = int(stored.index[0]), int(stored.copies[0])
-        batch = next(source.batches(batch_size=1, start=position))
+        batch = next(source.batches(batch_size=1, start=position), None)
+        if batch is None:
+            report.faults.append(f"Network {place} of {split!r}: {data} has no sample {position} there.")
+            continue
         if int(batch.labels[0]) != int(stored.labels[0]):
             report.faults.append(f"Network {place} of {split!r}: label {int(stored.labels[0])}, its signal's is "
                                  f"{int(batch.labels[0])}.")  # fmt: skip

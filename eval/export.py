@@ -127,6 +127,7 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
         InputError: copies of nothing, or copies that would all be alike.
     """
     data, inner = run.config.data, run.model.config.inner_loop.for_evaluation()
+    model = asdict(run.model.config)
     kind = arguments.augment or data.augment
     if arguments.copies and data.train_split not in counts:
         raise InputError(
@@ -155,7 +156,7 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
         train_split=data.train_split,
         copies=arguments.copies,
         augment=changes if arguments.copies else {"kind": "none"},
-        config={**asdict(run.config), **{name: block for name, block in asdict(run.model.config).items() if name != "signal"}},
+        config=asdict(run.config) | {name: model[name] for name in ("siren", "inner_loop", "reader", "loss")},
     )  # fmt: skip
 
 
