@@ -23,13 +23,13 @@ from data_pipes.weight_manifest import (
     describe_source,
     layer_tensors,
     read_networks,
+    whole_statistics,
 )
 from data_pipes.weight_moments import Moments, layer_scalars
 from data_pipes.weights import WeightSet, open_shard, row_checksums
 from mwt.config import DataConfig
 from mwt.errors import InputError
 from mwt.evaluation import networks_psnr
-from mwt.weight_space import Weights
 
 PSNR_TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "bf16": 1e-3}
 """dB by which the PSNR of a stored network may differ from the one that is stored with it. That one is of the network
@@ -122,10 +122,10 @@ def _check_statistics(manifest: Manifest, total: Moments) -> list[str]:
         faults.append(f"{file} is of {manifest.statistics['count']} networks, not of {total.count}.")
     recorded = load_file(file) if file.is_file() else {}
     mean, std = (read_networks(file, manifest.layout, suffix) for suffix in (".mean", ".std"))
-    for suffix, flat, whole in ((".mean", total.mean, mean), (".std", total.std, std)):
-        rest = whole.flat()[0, len(flat) :]  # of a shared output layer; it lies in no shard
-        again = Weights.unflatten(torch.cat([flat, rest.double()])[None], manifest.layout)
-        for name, tensor in layer_tensors(again).items():
+    base = read_networks(manifest.folder / BASE_FILE, manifest.layout) if manifest.has_base else None
+    again = whole_statistics(manifest, base, total.mean, total.std)
+    for suffix, whole in zip((".mean", ".std"), again, strict=True):
+        for name, tensor in layer_tensors(whole).items():
             largest = float(tensor.abs().max())
             apart = float((recorded[name + suffix].double() - tensor[0]).abs().max())
             if apart > _STATISTICS_TOLERANCE * max(largest, 1e-30):
@@ -172,6 +172,8 @@ def source_data(manifest: Manifest, given: str | None) -> tuple[str | None, str]
     Raises:
         InputError: data was named that is not what the networks were fitted to.
     """
+    if manifest.signal.kind != "image":
+        return None, "Distances of points have no PSNR: no network was drawn."
     path = given or str(manifest.source.get("path", ""))
     is_here = given is not None or path.startswith(BUILTIN_PREFIX) or (Path(path) / "dataset.json").is_file()
     if not is_here:

@@ -263,3 +263,20 @@ def networks(
         weights.append(weight.expand(len(weights[0]), -1, -1))
         biases.append(bias.expand(len(biases[0]), -1))
     return Weights(tuple(weights), tuple(biases))
+
+
+def whole_statistics(
+    description: Description, base: Weights | None, mean: Tensor, std: Tensor
+) -> tuple[Weights, Weights]:
+    """Means and deviations [N] of what is stored as those of whole networks [1, …], in double precision.
+
+    A shared output layer lies in no shard: its mean is itself (of differences 0), its deviation 0.
+    """
+    layout = description.layout
+    if layout.shared_output:
+        assert base is not None, "a shared output layer lies in the base"
+        output = torch.cat([base.weights[-1].flatten(), base.biases[-1].flatten()]).double()
+        nothing = torch.zeros_like(output)
+        mean = torch.cat([mean, output if description.values == "phi" else nothing])
+        std = torch.cat([std, nothing])
+    return Weights.unflatten(mean[None], layout), Weights.unflatten(std[None], layout)

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 import mwt
 from data_pipes.schema import ShardInfo, SplitInfo
@@ -43,6 +42,7 @@ from data_pipes.weight_manifest import (
     layer_tensors,
     networks,
     read_manifest,
+    whole_statistics,
 )
 from data_pipes.weight_moments import Moments, layer_scalars
 from data_pipes.weight_shard import OpenShard, ShardTask, save_whole
@@ -266,22 +266,12 @@ class WeightSetWriter:
                 part = Moments(count=note["count"], mean=mean, squares=squares)
                 total = part if total is None else total + part
         assert total is not None, "a split has a shard at least"
-        mean, std = self._expanded(total.mean, shift=True), self._expanded(total.std, shift=False)
+        mean, std = whole_statistics(self.description, self.base, total.mean, total.std)
         content = {f"{name}.mean": tensor[0].float() for name, tensor in layer_tensors(mean).items()}
         content |= {f"{name}.std": tensor[0].float() for name, tensor in layer_tensors(std).items()}
         save_whole(self._partial / _DATA / STATISTICS_FILE, content)
         layers = layer_scalars(self.description.layout, mean, std)
         return {"file": STATISTICS_FILE, "split": self.train_split, "count": total.count, "layers": layers}
-
-    def _expanded(self, flat: Tensor, *, shift: bool) -> Weights:
-        """Statistics of what is stored as those of whole networks [1, …]; those of a shared output layer are added."""
-        layout = self.description.layout
-        if layout.shared_output:
-            assert self.base is not None, "a shared output layer lies in the base"
-            output = torch.cat([self.base.weights[-1].flatten(), self.base.biases[-1].flatten()]).double()
-            constant = shift and self.description.values == "phi"
-            flat = torch.cat([flat, output if constant else torch.zeros_like(output)])
-        return Weights.unflatten(flat[None], layout)
 
 
 def _fingerprint(begun_with: dict[str, Any]) -> str:

@@ -33,19 +33,11 @@ STEPS = 2
 
 
 def describe(**changes: Any) -> Description:
-    return Description(
-        **{
-            "name": "t",
-            "signal": FACTS,
-            "layout": SHARED,
-            "values": "delta",
-            "has_base": True,
-            "steps": STEPS,
-            "source": {"path": "nowhere", "name": "t", "sha256": ""},
-            "fit": {"method": "none"},
-            **changes,
-        }  # fmt: skip
-    )
+    plain = {
+        "name": "t", "signal": FACTS, "layout": SHARED, "values": "delta", "has_base": True, "steps": STEPS,
+        "source": {"path": "nowhere", "name": "t", "sha256": ""}, "fit": {"method": "none"},
+    }  # fmt: skip
+    return Description(**{**plain, **changes})
 
 
 def network(layout: Layout, seed: int, count: int = 1, scale: float = 1.0) -> Weights:
@@ -103,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_what_is_written_is_read(tmp_path: Path, stored: str, shared: bool, dtype: str) -> None:
     layout = replace(SHARED, shared_output=shared)
-    out = write(tmp_path / "set", describe(values=stored, layout=layout, dtype=dtype))
+    out = write(tmp_path / "set", describe(values=stored, layout=layout, dtype=dtype), shard_bytes=700)
     phi, delta = (load_weight_set(out, "train", values) for values in ("phi", "delta"))
     assert len(phi) == 11
     assert len(phi.manifest.split("train").shards) > 2
@@ -232,6 +224,12 @@ def manifest(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (out / "manifest.json").write_text(json.dumps(content))
 
 
+def read_all(out: Path) -> None:
+    networks = load_weight_set(out)
+    networks.statistics()
+    assert sum(len(batch.labels) for batch in networks.batches(3)) == 11
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped byte": (flip, r"train-00001\.safetensors has changed .*CRC-32"),
     "cut off": (cut, r"train-00001\.safetensors has \d+ bytes"),
@@ -245,7 +243,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a key less": (lambda out: manifest(out, lambda m: m.pop("values")), "lacks the key 'values'"),
     "other layers": (lambda out: manifest(out, lambda m: m["architecture"].update(omegas=[1.0])), "manifest.json"),
     "way out": (
-        lambda out: manifest(out, lambda m: m["splits"]["train"]["shards"][0].update(file="../x")), "no plain file name",
+        lambda out: manifest(out, lambda m: m["splits"]["train"]["shards"][0].update(file="../x")), "plain file",
     ),
 }  # fmt: skip
 
@@ -256,9 +254,7 @@ def test_damage_is_named(folder: Path, tmp_path: Path, name: str) -> None:
     damage, sentence = DAMAGE[name]
     damage(out)
     with pytest.raises(InputError, match=sentence):
-        networks = load_weight_set(out)
-        networks.statistics()
-        list(networks.batches(3))
+        read_all(out)
 
 
 def test_other_things_that_are_not_there(folder: Path, tmp_path: Path) -> None:
