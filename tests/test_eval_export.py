@@ -39,6 +39,16 @@ SMALL = ("--run", MODEL, "data.limit=20", "run.eval_batch_size=4", "run.device=c
 """40 networks of 34 kB; 8 in a shard."""
 
 
+LAUNCHERS = {
+    # A word that begins like one of torchrun's own options (--run) is taken for it, unless -- stands before it.
+    "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "--"),
+    "accelerate": (
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m",
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model() -> MetaWeightTransformer:
     return MetaWeightTransformer.from_pretrained(MODEL)
@@ -58,7 +68,8 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "eval.export", *arguments], cwd=ROOT, text=True, start_new_session=True,
+        [sys.executable, *(launcher or ("-m",)), "eval.export", *arguments],
+        cwd=ROOT, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
@@ -145,9 +156,9 @@ def test_copies_are_fitted_to_augmented_images(tmp_path: Path, model: MetaWeight
     torch.testing.assert_close(found.psnr[found.index.argsort()], result.psnr, rtol=0, atol=1e-3)
 
 
-def test_two_processes_write_what_one_does(whole: Path, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-    process = start(*SMALL, "--out", str(tmp_path / "set"), launcher=launcher)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_write_what_one_does(whole: Path, tmp_path: Path, launcher: str) -> None:
+    process = start(*SMALL, "--out", str(tmp_path / "set"), launcher=LAUNCHERS[launcher])
     said = finish(process)
     assert process.returncode == 0, said
     assert "by 2 processes" in said
