@@ -28,10 +28,12 @@ from data_pipes.write import Sample, partial_folder, write_dataset
 from eval import export
 from mwt.errors import InputError
 from mwt.evaluation import evaluate
+from mwt.inspection import open_trained
 from mwt.model import MetaWeightTransformer
 from mwt.observe import grid, observe
 from mwt.structs import SignalFacts
 from mwt.weight_space import render
+from train import classify
 
 ROOT = Path(__file__).parents[1]
 MODEL = "builtin:digits"
@@ -322,3 +324,21 @@ def test_bad_arguments(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=sentence):
         export.main([*arguments, "--out", str(tmp_path / "set")])
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_a_run_directory_whose_fits_see_subsets(tmp_path: Path) -> None:
+    """The subsets are those of eval.classify, so that the PSNR over all pixels is the same."""
+    run = tmp_path / "run"
+    assert classify.main(["--debug", "data.limit=24", f"run.dir={run}"]) == 0
+    trained = open_trained(run)
+    assert trained.model.config.inner_loop.fraction < 1
+    export.main(["--run", str(run), "--out", str(tmp_path / "set"), "--split", "test"])
+    networks = load_weight_set(tmp_path / "set", "test")
+    split = open_split(MODEL, "test", device=torch.device("cpu"), limit=24)
+    result = evaluate(trained.model, split.batches(batch_size=24))
+    torch.testing.assert_close(networks.column("psnr"), result.psnr, rtol=0, atol=1e-3)
+    assert networks.manifest.fit["step"] == trained.step
+    with pytest.raises(InputError, match="best"):
+        export.main(["--run", str(run), "--out", str(tmp_path / "other"), "--checkpoint", "best"])
+    with pytest.raises(InputError, match="holds something else"):
+        export.main(["--run", str(run), "--out", str(tmp_path / "set"), "--split", "train"])
