@@ -3,19 +3,25 @@ own layers."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from data_pipes.builtin import builtin_dataset
-from mwt.config import ReaderConfig
+from data_pipes.read import open_split
+from data_pipes.schema import read_info
+from mwt.config import InnerLoopConfig, LossConfig, ModelConfig, OptimConfig, ReaderConfig, SirenConfig
 from mwt.errors import InputError
+from mwt.model import MetaWeightTransformer
+from mwt.optim import make_optimizer
 from mwt.readers import Reader, make_reader
 from mwt.readers.dws import DWSLayer, DWSReader, fold, places
 from mwt.readers.nfn import FourierFeatures, HNPLinear, IOEncoding, NPLinear, hnp_pool, np_pool
 from mwt.symmetry import permute_neurons, random_permutations
+from mwt.training import Meter, train_step
 from mwt.weight_space import Layout, Weights
 
 READERS = ["dws", "nfn_np", "nfn_hnp"]
@@ -260,7 +266,7 @@ def test_layers_pools_and_encodings_against_the_authors_package(kind: str, sizes
         (IOEncoding(layout.shapes).double()(features), authors.IOSinusoidalEncoding(spec)(their_features)),
     ):
         for a, b in zip((*our.weights, *our.biases), (*their.weights, *their.biases), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # our codes are made in single precision
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)  # our codes are kept in single precision
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -285,8 +291,42 @@ def test_an_empty_batch_and_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_training_step_end_to_end_on_digits(name: str) -> None:
-    data = builtin_dataset("digits")
-    raise NotImplementedError(data, name)
+    split = open_split("builtin:digits", "train", device=torch.device("cpu"), limit=8)
+    batch = next(iter(split.batches(batch_size=8)))
+    torch.manual_seed(0)
+    model = MetaWeightTransformer(
+        ModelConfig(
+            siren=SirenConfig(hidden=8, hidden_layers=1),
+            inner_loop=InnerLoopConfig(steps=2),
+            reader=ReaderConfig(name=name, options=SMALL[name]),
+            loss=LossConfig(),
+            signal=read_info("builtin:digits").facts,
+        )
+    )
+    offsets = torch.randn(8, model.siren.adapted_size, requires_grad=True)
+    model.reader(model.siren.network_weights(offsets)).logsumexp(-1).sum().backward()
+    assert offsets.grad is not None
+    # Maxima and ReLU leave some weights out, but no layer.
+    grad = Weights.unflatten(F.pad(offsets.grad, (0, 9)), model.siren.layout)
+    assert all(x.abs().max() > 0 for part in grad for x in part[:-1])
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer, meter = make_optimizer(model, OptimConfig()), Meter(torch.device("cpu"))
+    train_step(
+        model,
+        batch,
+        step=1,
+        epoch=0,
+        seed=0,
+        inner_loop=model.config.inner_loop,
+        optimizer=optimizer,
+        clip_norm=1.0,
+        autocast=nullcontext(),
+        backward=Tensor.backward,
+        unscale=lambda: None,
+        meter=meter,
+    )
+    assert not meter.bad_steps()
+    assert all((p != before[key]).any() for key, p in model.named_parameters())
 
 
 def test_dropout_acts_in_training_only() -> None:

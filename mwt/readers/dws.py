@@ -1,4 +1,4 @@
-"""DWSNets: deep weight-space networks (Navon et al. 2023, Equivariant Architectures for Learning in Deep Weight Spaces).
+"""DWSNets (Navon et al. 2023, Equivariant Architectures for Learning in Deep Weight Spaces).
 
 A layer maps features of every weight and bias to new features of every weight and bias; it is the sum of one map for
 each pair of a source and a target tensor, each of which commutes with permutations of hidden neurons. One rule gives

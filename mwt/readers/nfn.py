@@ -221,9 +221,9 @@ class IOEncoding(nn.Module):
     output_codes: Tensor
 
     def _code(self, count: int) -> Float[Tensor, "E count"]:
-        place = torch.linspace(-1, 1, count)
-        angles = place * torch.linspace(1, self.HIGHEST / 2, self.BANDS)[:, None] * math.pi
-        return torch.cat([angles.sin(), angles.cos(), place[None]])
+        place = torch.linspace(-1, 1, count, dtype=torch.float64)
+        angles = place * torch.linspace(1, self.HIGHEST / 2, self.BANDS, dtype=torch.float64)[:, None] * math.pi
+        return torch.cat([angles.sin(), angles.cos(), place[None]]).to(torch.get_default_dtype())
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
