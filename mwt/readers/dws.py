@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -128,7 +129,7 @@ class DWSLayer(nn.Module):
         return [self._target(target, maps, tensors, pools) for target, maps in zip(self.where, self.maps, strict=True)]
 
     def _target(
-        self, target: Place, maps: nn.Module, tensors: list[Tensor], pools: list[tuple[dict[int, Tensor], Tensor]]
+        self, target: Place, maps: Any, tensors: list[Tensor], pools: list[tuple[dict[int, Tensor], Tensor]]
     ) -> Tensor:
         """The sum of all maps to one place. What is repeated along an axis is added up before it is repeated."""
         shape = [1] * len(target.axes)
@@ -137,7 +138,7 @@ class DWSLayer(nn.Module):
         def add(axes: tuple[int, ...], term: Tensor) -> None:
             sums[axes] = sums[axes] + term if axes in sums else term
 
-        for source, module, x, (kept, whole) in zip(self.where, maps, tensors, pools, strict=True):  # type: ignore[arg-type]
+        for source, module, x, (kept, whole) in zip(self.where, maps, tensors, pools, strict=True):
             shared = [axis for axis in target.axes if axis in source.axes]
             if len(shared) == 2:
                 terms = (x, kept[shared[0]], kept[shared[1]], whole)
