@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+from mwt.readers.dws import DWSReader
 from mwt.readers.interface import Reader, Standardise
+from mwt.readers.nfn import HNPReader, NPReader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
-READERS: dict[str, type[Reader]] = {"transformer": TransformerReader}
+READERS: dict[str, type[Reader]] = {
+    "transformer": TransformerReader,
+    "dws": DWSReader,
+    "nfn_np": NPReader,
+    "nfn_hnp": HNPReader,
+}
 
 
 def list_readers() -> list[str]:
