@@ -5,10 +5,19 @@ from __future__ import annotations
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.readers.interface import Reader, Standardise
+from mwt.readers.ng_gnn import NgGnnReader
+from mwt.readers.ng_t import NgTReader
+from mwt.readers.scalegmn import ScaleGmnBReader, ScaleGmnReader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
-READERS: dict[str, type[Reader]] = {"transformer": TransformerReader}
+READERS: dict[str, type[Reader]] = {
+    "transformer": TransformerReader,
+    "ng_gnn": NgGnnReader,
+    "ng_t": NgTReader,
+    "scalegmn": ScaleGmnReader,
+    "scalegmn_b": ScaleGmnBReader,
+}
 
 
 def list_readers() -> list[str]:
