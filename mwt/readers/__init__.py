@@ -7,6 +7,9 @@ from mwt.errors import InputError
 from mwt.readers.dws import DWSReader
 from mwt.readers.interface import Reader, Standardise
 from mwt.readers.nfn import HNPReader, NPReader
+from mwt.readers.ng_gnn import NgGnnReader
+from mwt.readers.ng_t import NgTReader
+from mwt.readers.scalegmn import ScaleGmnBReader, ScaleGmnReader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
@@ -15,6 +18,10 @@ READERS: dict[str, type[Reader]] = {
     "dws": DWSReader,
     "nfn_np": NPReader,
     "nfn_hnp": HNPReader,
+    "ng_gnn": NgGnnReader,
+    "ng_t": NgTReader,
+    "scalegmn": ScaleGmnReader,
+    "scalegmn_b": ScaleGmnBReader,
 }
 
 
