@@ -331,7 +331,7 @@ def test_a_run_directory_whose_fits_see_subsets(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert classify.main(["--debug", "data.limit=24", f"run.dir={run}"]) == 0
     trained = open_trained(run)
-    assert trained.model.config.inner_loop.fraction < 1
+    assert trained.model.config.inner_loop.points == 16
     export.main(["--run", str(run), "--out", str(tmp_path / "set"), "--split", "test"])
     networks = load_weight_set(tmp_path / "set", "test")
     split = open_split(MODEL, "test", device=torch.device("cpu"), limit=24)
