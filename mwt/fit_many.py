@@ -220,6 +220,11 @@ def initial_weights(
     ).flat()
 
 
+def slots_for(points: int, device: torch.device) -> int:
+    """How many networks to have in work: on a CPU, some megabytes of activations; a GPU wants to be filled."""
+    return 4096 if device.type == "cuda" else max(8, min(64, 8192 // points))
+
+
 def fit_many(
     layout: Layout,
     start: Float[Tensor, "N W"],
@@ -230,7 +235,7 @@ def fit_many(
     keys: Int[Tensor, " N"] | None = None,
     seed: int = 0,
     peak: float = 2.0,
-    slots: int = 64,
+    slots: int | None = None,
     compiled: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> Fits:
@@ -240,13 +245,15 @@ def fit_many(
         start: weights that they begin with.
         keys: number of each network, which with `seed` says what random points it sees; by default 0 to N - 1.
         peak: length of the range of the values, which decibels are measured by.
-        slots: how many to have in work at a time; see the module's text.
+        slots: how many to have in work at a time; see the module's text and `slots_for`.
         compiled: whether steps go through torch.compile; worth its time from some seconds of work.
         on_done: told how many networks have been finished since it was last called.
     """
     count = len(start)
     work = _Work(layout, start, coords, values, config, torch.arange(count) if keys is None else keys, seed)
-    work.begin(min(slots, count))
+    slots = slots or slots_for(config.points or len(coords), start.device)
+    # Compiled, it is for one number of slots: better some stay empty than that it is compiled again.
+    work.begin(slots if compiled else min(slots, count))
     act = compiled_step() if compiled else step
     target = peak**2 * 10 ** (-config.target_psnr / 10) if config.target_psnr is not None else -1.0
     while work.slots:
@@ -287,12 +294,12 @@ class _Work:
 
     def begin(self, slots: int) -> None:
         """Fill the slots."""
-        zeros = torch.zeros_like(self.start[:slots])
-        self.state = State(
-            self.start[:slots].clone(), zeros, zeros.clone(), zeros.new_zeros(slots, dtype=torch.float64)
-        )
-        self.seen = self.values[:slots].clone()
-        self.next, self.slots, self.age = slots, {i: i for i in range(slots)}, [0] * slots
+        first = torch.arange(slots, device=self.start.device) % len(self.start)
+        flat, self.seen = self.start[first], self.values[first]
+        zeros = torch.zeros_like(flat)
+        self.state = State(flat, zeros, zeros.clone(), zeros.new_zeros(slots, dtype=torch.float64))
+        self.next = min(slots, len(self.start))
+        self.slots, self.age = {i: i for i in range(self.next)}, [0] * slots
 
     def observe(self, target: float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Coordinates and values of this step; with random points, the error over all where it is looked at."""

@@ -279,11 +279,10 @@ layout = Layout(sizes=(2, 8, 8, 1), omegas=(10.0, 10.0), shared_output=False)
 coords = grid(5, 5)
 values = (coords.sum(-1)[None, :, None] * 2 + torch.arange(4.0)[:, None, None]).sin()
 start = initial_weights(layout, torch.arange(4), seed=0)
-for optimizer in ("adam", "muon"):
-    config = FitConfig(optimizer=optimizer, lr=1e-3, muon_lr=1e-3, steps=50)
-    plain, fast = (fit_many(layout, start, coords, values, config, compiled=c).weights.flat() for c in (False, True))
-    assert (plain - start).abs().max() > 1e-2 and not torch.equal(plain, fast)
-    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=2e-4)
+config = FitConfig(lr=1e-3, steps=50)
+plain, fast = (fit_many(layout, start, coords, values, config, slots=3, compiled=c).weights.flat() for c in (0, 1))
+assert (plain - start).abs().max() > 1e-2 and not torch.equal(plain, fast)
+torch.testing.assert_close(fast, plain, rtol=1e-3, atol=2e-4)
 print("equal")
 """
 
