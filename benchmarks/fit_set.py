@@ -4,8 +4,8 @@
     python -m benchmarks.fit_set --points 1024 --channels 3 --no-compile
     python -m benchmarks.fit_set --json                 and a last line {"rows": [...]}
 
-One by one is a plain `torch.nn` module, autograd and torch's fused Adam, one network after the other, as the scripts of
-the literature do. Ours is `mwt.fit_many`, compiled and as it is. All steps are the same: all points, mean squared error,
+One by one is a plain `torch.nn` module, autograd and torch's fused Adam, one network after the other, as scripts of the
+literature do. Ours is `mwt.fit_many`, compiled and as it is. All steps are the same: all points, mean squared error and
 Adam. Each round runs all sides in turn, each with all threads, the allocator tuned for all; medians over the rounds
 count. First it is checked that both sides fit the same: some networks, step for step.
 
@@ -32,7 +32,7 @@ from mwt.fit_many import fit_many, initial_weights, sincos, slots_for
 from mwt.fit_set_config import FitConfig
 from mwt.observe import grid
 from mwt.runtime import run_program
-from mwt.weight_space import Layout, Weights, render
+from mwt.weight_space import Layout, Weights
 
 OMEGA = 30.0
 CHECKED, CHECK_STEPS, TOLERANCE = 3, 100, 0.05

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mwt.errors import InputError
 from mwt.fit_set_config import FitConfig
 from mwt.muon import ADJUST, newton_schulz
 from mwt.observe import random_subsets
@@ -248,7 +249,12 @@ def fit_many(
         slots: how many to have in work at a time; see the module's text and `slots_for`.
         compiled: whether steps go through torch.compile; worth its time from some seconds of work.
         on_done: told how many networks have been finished since it was last called.
+
+    Raises:
+        InputError: more random points asked for than there are.
     """
+    if config.points is not None and config.points > len(coords):
+        raise InputError(f"fit.points is {config.points}, but these signals have {len(coords)} points; null means all.")
     count = len(start)
     work = _Work(layout, start, coords, values, config, torch.arange(count) if keys is None else keys, seed)
     slots = slots or slots_for(config.points or len(coords), start.device)

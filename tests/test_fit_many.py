@@ -202,9 +202,7 @@ def test_one_that_begins_at_its_target_is_left_alone() -> None:
 @pytest.mark.parametrize("points", [None, 7])
 def test_the_company_does_not_matter(optimizer: str, points: int | None) -> None:
     start, coords, values = signals(SMALL, 7)
-    config = FitConfig(
-        optimizer=optimizer, lr=2e-3, steps=30, points=points, target_psnr=15.0, check_every=3
-    )
+    config = FitConfig(optimizer=optimizer, lr=2e-3, steps=30, points=points, target_psnr=15.0, check_every=3)
     together = fit_many(SMALL, start, coords, values, config, slots=7)
     narrow = fit_many(SMALL, start, coords, values, config, slots=2)
     some = torch.tensor([5, 1, 3])

@@ -1,4 +1,4 @@
-"""`train.fit_set` as a user calls it: the set says what is in it, and nothing that happens to the program changes it."""
+"""`train.fit_set` as a user calls it: the set says what is in it, and nothing that happens meanwhile changes it."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def images(count: int) -> Tensor:
 
 @pytest.mark.parametrize("convention", ["nfn", "dws"])
 def test_the_networks_show_the_images_as_well_as_the_set_says(tmp_path: Path, convention: str) -> None:
-    networks = fit(tmp_path / "set", f"network.convention={convention}", "fit.steps=300", "fit.lr=5e-3")
+    networks = fit(tmp_path / "set", f"network.convention={convention}", "fit.steps=60", "fit.lr=5e-3")
     shown, true = rendered(networks), images(8)
     psnr = -10 * ((shown.clamp(-1, 1) - true) / 2).square().mean(1).log10()
     torch.testing.assert_close(networks.column("psnr"), psnr, rtol=1e-4, atol=1e-3)
-    assert psnr.min() > 18
+    assert psnr.min() > 10
     losses = networks.column("loss")
     torch.testing.assert_close(losses[:, 1], (shown - true).square().mean(1), rtol=1e-3, atol=1e-6)
-    assert (losses[:, 0] > 5 * losses[:, 1]).all()
-    assert networks.column("steps").tolist() == [300] * 8
+    assert (losses[:, 0] > 3 * losses[:, 1]).all()
+    assert networks.column("steps").tolist() == [60] * 8
     assert networks.column("label").tolist() == [
         int(label) for label in next(
             open_split("builtin:digits", "train", device=torch.device("cpu"), limit=8).batches(batch_size=8)
@@ -185,7 +185,7 @@ def test_colour_images_of_a_folder(tmp_path: Path) -> None:
         picture = torch.zeros(6, 6, 3, dtype=torch.uint8)
         picture[..., 2 - number] = 40 * torch.arange(6, dtype=torch.uint8)[:, None]
         Image.fromarray(picture.numpy()).save(tmp_path / "images" / "train" / name / "0.png")
-    assert not prepare(["folder", "--source", str(tmp_path / "images"), "--out", str(tmp_path / "data")])
+    assert not prepare(["folder", "--src", str(tmp_path / "images"), "--out", str(tmp_path / "data")])
     networks = fit(tmp_path / "set", f"data.path={tmp_path / 'data'}", "fit.steps=400", "fit.lr=5e-3")
     assert networks.layout.channels == 3
     assert networks.column("psnr").min() > 25

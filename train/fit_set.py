@@ -248,8 +248,8 @@ def announce(config: FitSetConfig, writer: WeightSetWriter, counts: dict[str, in
     print(f"fitting   {fit.optimizer}, rate {fit.lr:g}, {fit.schedule}; {until}; on {device}")
     done = len(writer.tasks) - len(writer.missing())
     begun = f"; {done} are there already" if done and not writer.complete else ""
-    print(f"out       {writer.out}: " + ("complete already" if writer.complete else f"{len(writer.tasks)} shards{begun}"),
-          flush=True)  # fmt: skip
+    state = "complete already" if writer.complete else f"{len(writer.tasks)} shards{begun}"
+    print(f"out       {writer.out}: {state}", flush=True)
 
 
 def show(manifest: Manifest, target: float | None) -> None:
