@@ -83,6 +83,8 @@ class Description:
         for i, (outputs, inputs) in enumerate(self.layout.shapes[: self.stored_layers]):
             found[f"layers.{i}.weight"] = (DTYPES[self.dtype], (outputs, inputs))
             found[f"layers.{i}.bias"] = (DTYPES[self.dtype], (outputs,))
+        if self.fit.get("method") == "independent":  # each fit stops when it is good
+            found["steps"] = (torch.int64, ())
         return found | {
             "label": (torch.int64, ()), "index": (torch.int64, ()), "copy": (torch.int64, ()),
             "psnr": (torch.float32, ()), "loss": (torch.float32, (self.steps + 1,)),

@@ -56,7 +56,7 @@ class OpenShard:
 
     def add(
         self, weights: Weights, *, labels: Tensor, index: Tensor, psnr: Tensor, losses: Tensor, copy: int = 0,
-        keys: Sequence[str] | None = None,
+        keys: Sequence[str] | None = None, steps: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Append B networks.
 
@@ -68,6 +68,7 @@ class OpenShard:
             losses: [B, S + 1], before each inner step and after the last.
             copy: 0 for signals as they are, else the number of the augmented copy.
             keys: names of the signals in their shards, if known.
+            steps: [B], how many each took; for networks that were fitted independently.
 
         Raises:
             InputError: a network that is not finite, or not in the precision of the set.
@@ -83,6 +84,8 @@ class OpenShard:
         rows = {
             "label": labels, "index": index, "copy": torch.full_like(index, copy), "psnr": psnr, "loss": losses,
         }  # fmt: skip
+        if steps is not None:
+            rows["steps"] = steps
         stored = self.description.stored_layers
         rows |= layer_tensors(Weights(weights.weights[:stored], weights.biases[:stored]))
         for name, tensor in rows.items():

@@ -122,8 +122,8 @@ class WeightSet(Dataset[tuple[Weights, int]]):
             yield self.batch(places)
 
     def column(self, name: str) -> Tensor:
-        """One of `label`, `index`, `copy`, `psnr` [n] and `loss` [n, S + 1] of the whole split, in order."""
-        if name not in ("label", "index", "copy", "psnr", "loss"):
+        """`label`, `index`, `copy`, `psnr`, `steps` (of independent fits) [n] or `loss` [n, S + 1] of the split."""
+        if name not in ("label", "index", "copy", "psnr", "loss", "steps") or name not in self.manifest.columns:
             raise KeyError(name)
         if self._resident is not None:
             return self._resident[name]
