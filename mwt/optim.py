@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from mwt.config import OptimConfig
 from mwt.model import MetaWeightTransformer
+from mwt.weights_config import WeightsOptimConfig
 
 
 def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.optim.AdamW:
@@ -25,7 +26,8 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> LRScheduler:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig | WeightsOptimConfig, *, total_steps: int) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps; call its `step` after each."""
     if config.schedule != "onecycle":
         rise = round(config.warmup * total_steps)

@@ -11,12 +11,16 @@ from mwt.config import ClassifyConfig
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.runtime import environment, sync, write_json, write_text
+from mwt.weights_config import WeightsConfig
+
+Config = ClassifyConfig | WeightsConfig
 
 MAY_CHANGE = {
     "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "monitor_limit",
             "checkpoint_minutes", "eval_batch_size", "trackers", "on_nonfinite", "max_skipped"},
     "optim": {"accumulate"},
-    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers", "on_bad_sample", "max_bad", "schemes"},
+    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers", "on_bad_sample", "max_bad", "schemes",
+             "images"},
     **SAME_RESULT,
 }  # fmt: skip
 """What a resumed run may set otherwise; everything else would make it another run."""
@@ -25,7 +29,7 @@ BEGINNING = ("overrides.txt", "env.json", ".env.json.", ".debug", ".config.yaml.
 """What a process that is killed while it makes a run directory may leave in it."""
 
 
-def check_same_run(stored: ClassifyConfig, config: ClassifyConfig, run: Path) -> None:
+def check_same_run(stored: Config, config: Config, run: Path) -> None:
     """Refuse to continue a run with settings that would make it another one."""
     before, now = dataclasses.asdict(stored), dataclasses.asdict(config)
     for block, values in now.items():
@@ -37,7 +41,7 @@ def check_same_run(stored: ClassifyConfig, config: ClassifyConfig, run: Path) ->
                 )
 
 
-def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming: bool, debug: bool) -> None:
+def open_run_directory(config: Config, overrides: list[str], *, resuming: bool, debug: bool) -> None:
     """Make run.dir and write what the run is; or, resuming, check that it is this very run.
 
     Args:
@@ -50,14 +54,14 @@ def open_run_directory(config: ClassifyConfig, overrides: list[str], *, resuming
     run = Path(config.run.dir)
     if resuming:
         check_run_directory(run)
-        check_same_run(load_config(ClassifyConfig, run / "config.yaml"), config, run)
+        check_same_run(load_config(type(config), run / "config.yaml"), config, run)
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
     if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
-            f"`python -m train.classify --resume run.dir={run}`."
+            f"`python -m train.{'classify' if isinstance(config, ClassifyConfig) else 'weights'} --resume run.dir={run}`."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+from mwt.readers.inr2array import Inr2ArrayReader
+from mwt.readers.inr2vec import Inr2VecReader
 from mwt.readers.interface import Reader, Standardise
+from mwt.readers.knn import KNNReader
+from mwt.readers.linear import LinearReader
+from mwt.readers.mlp import MLPReader
+from mwt.readers.pixel_cnn import PixelCNN
+from mwt.readers.saved import load_reader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
-READERS: dict[str, type[Reader]] = {"transformer": TransformerReader}
+READERS: dict[str, type[Reader]] = {
+    "transformer": TransformerReader,
+    "wt": TransformerReader,  # the paper's name of it, where it learns from networks that are fitted already
+    "linear": LinearReader,
+    "mlp": MLPReader,
+    "knn": KNNReader,
+    "inr2vec": Inr2VecReader,
+    "inr2array": Inr2ArrayReader,
+    "pixel_cnn": PixelCNN,
+}
 
 
 def list_readers() -> list[str]:
@@ -27,4 +43,4 @@ def make_reader(config: ReaderConfig, *, layout: Layout, classes: int) -> Reader
     return READERS[config.name](config, layout=layout, classes=classes)
 
 
-__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "make_reader"]
+__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "load_reader", "make_reader"]

@@ -9,18 +9,23 @@ class MyReader(Reader):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.weight_space import Layout, Weights
+
+CONFIG_FILE, TENSORS_FILE = "reader.json", "model.safetensors"
 
 LEAST_STD = 1e-5
 """A weight that varies less over the training split is not scaled: the shared output layer's would give NaN."""
@@ -79,12 +84,22 @@ class Standardise(nn.Module):
 class Reader(nn.Module):
     """A weight-space classifier: `forward(weights)` gives the logits [B, K] of B networks of one layout."""
 
+    pretrains = False
+    """Whether it has a first phase without labels (`mwt.readers.two_phase`)."""
+    memorises = False
+    """Whether it keeps the training networks (`memorise`) and learns nothing by gradients."""
+    reads_images = False
+    """Whether it reads the images that networks were fitted to instead of the networks."""
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """What `reader.options` may hold; a reader with options of its own overrides it."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__()
+        self.config = config
+        self.facts: dict[str, Any] = {}
+        """What it was trained on, JSON-able: kept with it."""
         self.layout = layout
         self.classes = classes
         self.options: Any = read_options(config, self.Options)
@@ -112,6 +127,16 @@ class Reader(nn.Module):
     def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of networks, or of their offsets."""
         raise NotImplementedError
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the reader into a folder, for `mwt.readers.load_reader`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "reader": asdict(self.config), "layout": asdict(self.layout), "classes": self.classes, "facts": self.facts
+        }  # fmt: skip
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / TENSORS_FILE)
 
 
 def read_options(config: ReaderConfig, schema: type) -> Any:
