@@ -137,7 +137,7 @@ class _Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _try_lock(self._lock):
+            if not try_lock(self._lock):
                 raise InputError(f"Another process is writing to {self.folder}; wait for it, or choose another --out.")
             self._take_up()
         except BaseException:
@@ -207,7 +207,7 @@ class _Work:
         return SplitInfo(count=position, shards=tuple(shards))
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
     """Locks an open file until it is closed or the process ends, however it ends. False: another process has it."""
     try:
         import fcntl

@@ -1,0 +1,133 @@
+"""One shard of a weight set while it is being filled, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipes.weight_manifest import Description, layer_tensors
+from data_pipes.weights import row_checksums
+from mwt.errors import InputError
+from mwt.runtime import sync
+from mwt.weight_space import Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One shard to be written: the signals at positions start … stop - 1 of a split, each 1 + copies times."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+    copies: int
+
+    @property
+    def name(self) -> str:
+        """The name of its file, without what follows the point."""
+        return f"{self.split}-{self.number:05d}"
+
+    @property
+    def count(self) -> int:
+        """How many networks it holds, unless some signals cannot be used."""
+        return (self.stop - self.start) * (1 + self.copies)
+
+
+class OpenShard:
+    """The networks of one shard, collected in memory. `WeightSetWriter.shard` makes it."""
+
+    def __init__(self, description: Description, task: ShardTask) -> None:
+        self.description, self.task = description, task
+        self.skipped = 0
+        """Signals of it that could not be used; whoever writes counts them here."""
+        self._columns: dict[str, list[Tensor]] = {}
+        self._keys: list[bytes] = []
+        self._seen: set[tuple[int, int]] = set()
+
+    def add(
+        self, weights: Weights, *, labels: Tensor, index: Tensor, psnr: Tensor, losses: Tensor, copy: int = 0,
+        keys: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        """Append B networks.
+
+        Args:
+            weights: [B, …], phi or delta as `description.values` says; a shared output layer may be left out or not.
+            labels: [B]
+            index: [B], positions in the split.
+            psnr: [B] in dB, of the networks as they are stored (`WeightSetWriter.stored`).
+            losses: [B, S + 1], before each inner step and after the last.
+            copy: 0 for signals as they are, else the number of the augmented copy.
+            keys: names of the signals in their shards, if known.
+
+        Raises:
+            InputError: a network that is not finite, or not in the precision of the set.
+            ValueError: signals that do not belong to this shard, or twice; other shapes than described.
+        """
+        places = index.tolist()
+        where = {(place, copy) for place in places}
+        if len(where) < len(places) or where & self._seen:
+            raise ValueError(f"shard {self.task.name} has some of these networks already")
+        if not all(self.task.start <= place < self.task.stop for place in places) or copy > self.task.copies:
+            raise ValueError(f"shard {self.task.name} is for positions {self.task.start} … {self.task.stop - 1}")
+        self._seen |= where
+        rows = {
+            "label": labels, "index": index, "copy": torch.full_like(index, copy), "psnr": psnr, "loss": losses,
+        }  # fmt: skip
+        stored = self.description.stored_layers
+        rows |= layer_tensors(Weights(weights.weights[:stored], weights.biases[:stored]))
+        for name, tensor in rows.items():
+            kind, shape = self.description.columns[name]
+            if tensor.shape != (len(places), *shape):
+                raise ValueError(f"{name} is {list(tensor.shape)}, not {[len(places), *shape]}")
+            ready = tensor.detach().to("cpu", kind).contiguous()
+            if name != "psnr" and not bool((finite := ready.flatten(1).isfinite().all(1) if ready.ndim > 1
+                                            else ready.isfinite()).all()):  # fmt: skip
+                place = places[int((~finite).nonzero()[0])]
+                raise InputError(
+                    f"The network fitted to sample {place} of {self.task.split!r} (copy {copy}) has {name} that is not "
+                    f"finite in {self.description.dtype}; the fit diverged, or the numbers are too large for it."
+                )
+            self._columns.setdefault(name, []).append(ready)
+        self._keys += [key.encode() for key in keys] if keys is not None else [b""] * len(places)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was added, as the shard holds it.
+
+        Raises:
+            ValueError: networks are missing.
+        """
+        if len(self._keys) + self.skipped * (1 + self.task.copies) != self.task.count:
+            raise ValueError(f"shard {self.task.name} has {len(self._keys)} networks of {self.task.count}")
+        empty = {name: torch.empty(0, *[size or 1 for size in shape], dtype=kind)
+                 for name, (kind, shape) in self.description.columns.items()}  # fmt: skip
+        joined = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        width = max([1, *map(len, self._keys)])
+        keys = torch.zeros(len(self._keys), width, dtype=torch.uint8)
+        for row, key in zip(keys, self._keys, strict=True):
+            row[: len(key)] = torch.tensor(list(key), dtype=torch.uint8)
+        tensors = {**empty, **joined, "key": keys}
+        return {**tensors, "crc32": row_checksums(tensors)}
+
+
+def save_whole(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Writes a file so that it is whole or not there; its size and checksum."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
+        sync(half)
+        with open(half, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size = half.stat().st_size
+        os.replace(half, path)
+        sync(path.parent)
+    finally:
+        half.unlink(missing_ok=True)
+    return {"bytes": size, "sha256": digest}
