@@ -18,7 +18,7 @@ from mwt.weight_space import Layout, Weights
 
 CANDIDATES = (1, 3, 5, 7, 9, 15, 25)
 """Of k, where it is chosen."""
-SMOOTHING = 0.1
+SMOOTHING = 0.01
 """Votes that every class has beforehand, so that none is impossible."""
 
 
