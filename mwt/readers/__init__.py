@@ -10,8 +10,11 @@ from mwt.readers.interface import Reader, Standardise
 from mwt.readers.knn import KNNReader
 from mwt.readers.linear import LinearReader
 from mwt.readers.mlp import MLPReader
+from mwt.readers.ng_gnn import NgGnnReader
+from mwt.readers.ng_t import NgTReader
 from mwt.readers.pixel_cnn import PixelCNN
 from mwt.readers.saved import load_reader
+from mwt.readers.scalegmn import ScaleGmnBReader, ScaleGmnReader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
@@ -24,6 +27,10 @@ READERS: dict[str, type[Reader]] = {
     "inr2vec": Inr2VecReader,
     "inr2array": Inr2ArrayReader,
     "pixel_cnn": PixelCNN,
+    "ng_gnn": NgGnnReader,
+    "ng_t": NgTReader,
+    "scalegmn": ScaleGmnReader,
+    "scalegmn_b": ScaleGmnBReader,
 }
 
 
