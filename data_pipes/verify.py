@@ -1,5 +1,5 @@
 """Check a folder of shards: counts, sizes, checksums, whether every sample decodes and has a label in range, and
-whether a signal lies in two splits."""
+whether a signal lies in two splits. Or a set of fitted networks: see `data_pipes.verify_weights`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from data_pipes.processes import available_cores, ordered_processes
 from data_pipes.remote import shown
 from data_pipes.schema import DatasetInfo, ShardInfo, read_info
 from data_pipes.shards import iterate_shard
+from data_pipes.verify_weights import PSNR_TOLERANCE, base_faults, check_split, source_data
+from data_pipes.weight_manifest import is_weight_set, read_manifest
 from mwt.errors import InputError
 from mwt.runtime import run_program
 
@@ -96,13 +98,19 @@ class _Seen:
 def main(argv: list[str] | None = None) -> None:
     """Prints a table; raises InputError with the first faults if there are any."""
     parser = argparse.ArgumentParser(prog="python -m data_pipes.verify", description=__doc__)
-    parser.add_argument("path", metavar="DIR", help="folder made by data_pipes.prepare, or builtin:NAME")
+    parser.add_argument("path", metavar="DIR", help="folder made by data_pipes.prepare or eval.export, or builtin:NAME")
+    parser.add_argument("--data", metavar="DIR", help="of fitted networks: their signals, if not where they were")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: the cores, for large data sets)")
     parser.add_argument(
         "--allow-duplicates", action="store_true",
         help="only count signals that lie in two splits; some published data sets have them",
     )  # fmt: skip
     options = parser.parse_args(argv)
+    if is_weight_set(options.path):
+        verify_weight_set(options.path, options.data)
+        return
+    if options.data is not None:
+        raise InputError(f"--data is for sets of fitted networks, and {options.path} is none.")
     info = read_info(options.path)
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers is {options.workers}; it cannot be negative.")
@@ -130,10 +138,33 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'split':<8}{'samples':>10}{'shards':>8}{'faults':>8}{'duplicates':>12}")
     for name, count, shard_count, wrong, twice in rows:
         print(f"{name:<8}{count:>10}{shard_count:>8}{wrong:>8}{twice:>12}")
+    _conclude(faults, info.folder)
+
+
+def verify_weight_set(path: str, data: str | None) -> None:
+    """Prints a table; raises InputError with the first faults if there are any."""
+    manifest = read_manifest(path)
+    data, about = source_data(manifest, data)
+    faults = base_faults(manifest)
+    reports = {}
+    for split in tqdm(manifest.splits, desc="verify", unit="split", disable=None, leave=False):
+        reports[split] = check_split(manifest, split, data)
+        faults += reports[split].faults
+    print(f"{'split':<8}{'networks':>10}{'shards':>8}{'faults':>8}{'duplicates':>12}{'drawn':>7}{'PSNR within':>15}")
+    for name, report in reports.items():
+        split_info = manifest.splits[name]
+        within = f"{report.worst:.1e} dB" if report.drawn else "-"
+        print(f"{name:<8}{split_info.count:>10}{len(split_info.shards):>8}{len(report.faults):>8}"
+              f"{report.duplicates:>12}{report.drawn:>7}{within:>15}")  # fmt: skip
+    print(f"{about} {manifest.values} in {manifest.dtype}, tolerance {PSNR_TOLERANCE[manifest.dtype]:g} dB.")
+    _conclude(faults, manifest.folder)
+
+
+def _conclude(faults: list[str], folder: Path) -> None:
     if faults:
         more = f"\n… and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise InputError(f"{len(faults)} faults in {info.folder}:\n" + "\n".join(faults[:_FAULTS_SHOWN]) + more)
-    print(f"{Path(info.folder)} is in order.")
+        raise InputError(f"{len(faults)} faults in {folder}:\n" + "\n".join(faults[:_FAULTS_SHOWN]) + more)
+    print(f"{folder} is in order.")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ The format is described in docs/weight_sets.md.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipes.schema import ShardInfo, SplitInfo
+from data_pipes.remote import fetch, joined, shown
+from data_pipes.schema import INFO_FILE, DatasetInfo, ShardInfo, SplitInfo
+from mwt.config import DataConfig
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 from mwt.weight_space import Layout, Weights
@@ -118,6 +122,8 @@ class Manifest(Description):
     """Signals of each split that could not be used."""
     package: dict[str, Any] = field(default_factory=dict)
     """Version and commit of the program that wrote it."""
+    fingerprint: str = ""
+    """Of all that the set was begun with; an equal export finds it complete."""
 
     def split(self, name: str) -> SplitInfo:
         """The split `name`.
@@ -187,9 +193,21 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
         signal=SignalFacts(**content["signal"], classes=tuple(content["classes"])),
         **{key: content[key] for key in (
             "name", "values", "dtype", "has_base", "steps", "source", "fit", "train_split", "copies", "augment",
-            "config", "statistics", "psnr", "skipped", "package",
+            "config", "statistics", "psnr", "skipped", "package", "fingerprint",
         )},
     )  # fmt: skip
+
+
+def describe_source(info: DatasetInfo, data: DataConfig) -> dict[str, Any]:
+    """`Description.source` of a data set: its name, where it lies, and the sha256 of its dataset.json."""
+    path = data.path
+    if info.url is not None:
+        path, content = shown(info.url), fetch(joined(info.url, INFO_FILE), data.schemes)
+    else:
+        content = (info.folder / INFO_FILE).read_bytes()
+        if not info.is_builtin:
+            path = os.path.abspath(info.folder)
+    return {"path": path, "name": info.name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def layer_tensors(weights: Weights) -> dict[str, Tensor]:
@@ -245,3 +263,20 @@ def networks(
         weights.append(weight.expand(len(weights[0]), -1, -1))
         biases.append(bias.expand(len(biases[0]), -1))
     return Weights(tuple(weights), tuple(biases))
+
+
+def whole_statistics(
+    description: Description, base: Weights | None, mean: Tensor, std: Tensor
+) -> tuple[Weights, Weights]:
+    """Means and deviations [N] of what is stored as those of whole networks [1, …], in double precision.
+
+    A shared output layer lies in no shard: its mean is itself (of differences 0), its deviation 0.
+    """
+    layout = description.layout
+    if layout.shared_output:
+        assert base is not None, "a shared output layer lies in the base"
+        output = torch.cat([base.weights[-1].flatten(), base.biases[-1].flatten()]).double()
+        nothing = torch.zeros_like(output)
+        mean = torch.cat([mean, output if description.values == "phi" else nothing])
+        std = torch.cat([std, nothing])
+    return Weights.unflatten(mean[None], layout), Weights.unflatten(std[None], layout)

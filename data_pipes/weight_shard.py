@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data_pipes.weight_manifest import Description, layer_tensors
@@ -29,6 +29,8 @@ class ShardTask:
     start: int
     stop: int
     copies: int
+    batch: int
+    """Signals to be fitted together: `start` is a multiple of it."""
 
     @property
     def name(self) -> str:
@@ -88,9 +90,9 @@ class OpenShard:
             if tensor.shape != (len(places), *shape):
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {[len(places), *shape]}")
             ready = tensor.detach().to("cpu", kind).contiguous()
-            if name != "psnr" and not bool((finite := ready.flatten(1).isfinite().all(1) if ready.ndim > 1
-                                            else ready.isfinite()).all()):  # fmt: skip
-                place = places[int((~finite).nonzero()[0])]
+            bad = ~ready.reshape(len(places), -1).isfinite().all(1)
+            if name != "psnr" and bool(bad.any()):  # of point sets it is NaN
+                place = places[int(bad.nonzero()[0])]
                 raise InputError(
                     f"The network fitted to sample {place} of {self.task.split!r} (copy {copy}) has {name} that is not "
                     f"finite in {self.description.dtype}; the fit diverged, or the numbers are too large for it."
@@ -119,15 +121,15 @@ class OpenShard:
 
 def save_whole(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Writes a file so that it is whole or not there; its size and checksum."""
+    content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, half)
-        sync(half)
-        with open(half, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = half.stat().st_size
+        with open(half, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(half, path)
         sync(path.parent)
     finally:
         half.unlink(missing_ok=True)
-    return {"bytes": size, "sha256": digest}
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

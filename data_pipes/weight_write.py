@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 import mwt
 from data_pipes.schema import ShardInfo, SplitInfo
@@ -43,6 +42,7 @@ from data_pipes.weight_manifest import (
     layer_tensors,
     networks,
     read_manifest,
+    whole_statistics,
 )
 from data_pipes.weight_moments import Moments, layer_scalars
 from data_pipes.weight_shard import OpenShard, ShardTask, save_whole
@@ -54,7 +54,6 @@ from mwt.weight_space import Weights
 SHARD_BYTES = 128 * 2**20
 """About the size of a shard."""
 _BEGUN, _LOCK, _DATA, _NOTES = "begun.json", "lock", "data", "notes"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class WeightSetWriter:
@@ -83,11 +82,15 @@ class WeightSetWriter:
             size = size // batch * batch or size
             for number, start in enumerate(range(0, count, size)):
                 stop = min(start + size, count)
-                self.tasks.append(ShardTask(split=split, number=number, start=start, stop=stop, copies=copies))
+                self.tasks.append(
+                    ShardTask(split=split, number=number, start=start, stop=stop, copies=copies, batch=min(batch, size))
+                )
         if not counts or min(counts.values()) < 1:
             raise ValueError(f"every split needs a signal at least, not {dict(counts)}")
         tasks = [asdict(task) for task in self.tasks]
-        self._begun_with = {**description.as_json(), "base_sha256": _digest(self.base), "tasks": tasks}
+        # The configuration also says things on which nothing here depends: threads, where the data lies.
+        what = {key: value for key, value in description.as_json().items() if key != "config"}
+        self._begun_with = {**what, "base_sha256": _digest(self.base), "tasks": tasks}
         self._partial = partial_folder(self.out)
         self._lock: int | None = None
         self.complete = False
@@ -189,7 +192,7 @@ class WeightSetWriter:
         yield shard
         try:
             self._write(task, shard)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise _unwritable(self.out, error, kept=self._partial) from error
 
     def _write(self, task: ShardTask, shard: OpenShard) -> None:
@@ -263,22 +266,12 @@ class WeightSetWriter:
                 part = Moments(count=note["count"], mean=mean, squares=squares)
                 total = part if total is None else total + part
         assert total is not None, "a split has a shard at least"
-        mean, std = self._expanded(total.mean, shift=True), self._expanded(total.std, shift=False)
+        mean, std = whole_statistics(self.description, self.base, total.mean, total.std)
         content = {f"{name}.mean": tensor[0].float() for name, tensor in layer_tensors(mean).items()}
         content |= {f"{name}.std": tensor[0].float() for name, tensor in layer_tensors(std).items()}
         save_whole(self._partial / _DATA / STATISTICS_FILE, content)
         layers = layer_scalars(self.description.layout, mean, std)
         return {"file": STATISTICS_FILE, "split": self.train_split, "count": total.count, "layers": layers}
-
-    def _expanded(self, flat: Tensor, *, shift: bool) -> Weights:
-        """Statistics of what is stored as those of whole networks [1, …]; those of a shared output layer are added."""
-        layout = self.description.layout
-        if layout.shared_output:
-            assert self.base is not None, "a shared output layer lies in the base"
-            output = torch.cat([self.base.weights[-1].flatten(), self.base.biases[-1].flatten()]).double()
-            constant = shift and self.description.values == "phi"
-            flat = torch.cat([flat, output if constant else torch.zeros_like(output)])
-        return Weights.unflatten(flat[None], layout)
 
 
 def _fingerprint(begun_with: dict[str, Any]) -> str:
@@ -307,11 +300,10 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
     return {"splits": splits, "psnr": psnr, "skipped": skipped}
 
 
-def _unwritable(out: Path, error: Exception, kept: Path | None = None) -> InputError:
-    # safetensors wraps the system's errors; their text alone names them
+def _unwritable(out: Path, error: OSError | SafetensorError, kept: Path | None = None) -> InputError:
     number = error.errno if isinstance(error, OSError) else None
     again = f" What is finished stays in {kept}: run the same command again." if kept is not None else ""
-    if number in _FULL or "No space" in str(error):
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"The disk of {out} is full.{again}")
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"No permission to write to {out.parent}; choose another --out.")

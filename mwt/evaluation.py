@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from mwt.metrics import calibration_error, confusion_matrix, decibel, squared_error
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe, whole
-from mwt.structs import Batch, Fit
+from mwt.structs import Batch
+from mwt.weight_space import Layout, Weights, render
 
 POINTS_AT_ONCE = 1 << 19
 """Field evaluations at once when a whole signal is rendered: bounds the memory of 320 x 320 images."""
@@ -87,17 +89,25 @@ class Evaluation(Classification):
         return numbers
 
 
-def _whole_error(model: MetaWeightTransformer, batch: Batch, fitted: Fit) -> Float[Tensor, " B"]:
+def whole_error(field: Callable[[Tensor], Tensor], batch: Batch) -> Float[Tensor, " B"]:
+    """Mean squared error on the scale [0, 1], over all points of each signal, of what `field` says at coordinates."""
     seen = whole(batch)
     points = seen.values.shape[1]
     chunk = max(1, POINTS_AT_ONCE // len(batch))
     total = torch.zeros(len(batch), device=seen.values.device)
     for start in range(0, points, chunk):
         part = slice(start, start + chunk)
-        prediction = model.siren(fitted.offsets, seen.coords[..., part, :])
+        prediction = field(seen.coords[..., part, :])
         values = seen.values[:, part]
         total += squared_error(prediction.float(), values) * values.shape[1]
     return total / points
+
+
+def networks_psnr(layout: Layout, weights: Weights, batch: Batch) -> Float[Tensor, " B"]:
+    """PSNR in dB of networks, output layer included, against the images that they show; NaN for point sets."""
+    if batch.images is None:  # a distance field has no peak value
+        return torch.full((len(batch),), torch.nan, device=batch.labels.device)
+    return decibel(whole_error(lambda coords: render(layout, weights, coords), batch))
 
 
 @torch.no_grad()
@@ -129,7 +139,7 @@ def evaluate(
             values = seen.at(config.steps if steps is None else steps)[1]
             subset_error = squared_error(output.fit.prediction.float(), values)
             full = whole_signal and seen.index is not None
-            error = _whole_error(model, batch, output.fit) if full else subset_error
+            error = whole_error(partial(model.siren, output.fit.offsets), batch) if full else subset_error
         logits = output.logits.float()
         rows.append((batch.positions, batch.labels, logits.softmax(-1), error, subset_error, output.fit.losses.float()))
     model.train(was_training)

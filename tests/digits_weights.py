@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def write_digits(out: Path, counts: dict[str, int], *, copies: int = 0) -> Path:
                 for batch in split.batches(batch_size=128):
                     fitted = model.fit(observe(batch, inner, seed=0))
                     for copy in range(task.copies + 1):
-                        noise = 1e-4 * copy * torch.randn(fitted.offsets.shape, generator=torch.Generator())
+                        noise = 1e-4 * copy * torch.randn_like(fitted.offsets)
                         shard.add(
                             model.siren.network_weights(fitted.offsets + noise), labels=batch.labels,
                             index=batch.positions, psnr=decibel(fitted.losses[:, -1] / 4), losses=fitted.losses,
@@ -41,8 +40,3 @@ def write_digits(out: Path, counts: dict[str, int], *, copies: int = 0) -> Path:
                         )  # fmt: skip
         writer.finish()
     return out
-
-
-def digest(path: Path) -> str:
-    """Of a file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -139,7 +139,7 @@ class NFTEncoder(nn.Module):
         self.embedding = WeightEmbedding(layout, width, sigma)
         self.blocks = nn.ModuleList(NFTBlock(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
-        self.queries = nn.Parameter(torch.randn(latents, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(latents, width))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, weights: Weights) -> Float[Tensor, "B M c"]:
@@ -194,12 +194,16 @@ def _bound(layer: int, inputs: int) -> float:
 
 
 class LatentClassifier(nn.Module):
-    """A pre-norm Transformer over a class token and the latents; a perceptron on what becomes of the first token."""
+    """A pre-norm Transformer over a class token and the latents; a perceptron on what becomes of the first token.
+
+    Each number of the latents is standardised over the networks of a batch first: most of it is what all share.
+    """
 
     def __init__(
         self, *, inputs: int, latents: int, width: int, blocks: int, heads: int, dropout: float, classes: int
     ) -> None:
         super().__init__()
+        self.standardise = nn.BatchNorm1d(latents * inputs, affine=False)
         self.embed = nn.Linear(inputs, width)
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.places = nn.Parameter(torch.randn(latents, width) * 0.02)
@@ -214,7 +218,8 @@ class LatentClassifier(nn.Module):
 
     def forward(self, latents: Float[Tensor, "B M c"]) -> Float[Tensor, "B K"]:
         """Class logits."""
-        x = self.embed(latents) + self.places
+        x = self.standardise(latents.flatten(1)).view_as(latents)
+        x = self.embed(x) + self.places
         return self.logits(self.blocks(torch.cat([self.first.expand(len(x), -1, -1), x], dim=1))[:, 0])
 
 

@@ -1,0 +1,335 @@
+"""Export fitted SIRENs: a set of networks on disk, one for every signal of a run's data, with labels and statistics.
+
+    python -m eval.export --run RUN --out DIR                          all splits, offsets from the base, fp32
+    python -m eval.export --run RUN --out DIR --values phi --dtype fp16
+    python -m eval.export --run RUN --out DIR --copies 4               and four augmented copies of each training image
+    python -m eval.export --run builtin:digits --out DIR               a model that comes with the package, or a folder
+    accelerate launch --multi_gpu --num_processes 4 -m eval.export …   the same set, each process its own shards
+
+The format and how to read it: docs/weight_sets.md. Deterministic: subsets of points depend on a signal's position
+alone, copies on (run.seed, number of the copy, position). Killed in any way, the same command goes on with the shards
+that are missing; DIR is there when all is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipes.augment import augment
+from data_pipes.read import Split, open_configured
+from data_pipes.schema import DatasetInfo, read_info
+from data_pipes.weight_manifest import DTYPES, Description, Manifest, describe_source
+from data_pipes.weight_shard import ShardTask
+from data_pipes.weight_write import SHARD_BYTES, WeightSetWriter
+from mwt import runtime
+from mwt.checkpoint import load_model
+from mwt.config import ClassifyConfig, DataConfig
+from mwt.config_files import load_config
+from mwt.errors import InputError
+from mwt.evaluation import autocast, networks_psnr
+from mwt.inspection import TrainedRun, check_data_fits, open_trained
+from mwt.model import BUILTIN, MetaWeightTransformer
+from mwt.observe import observe
+from mwt.rng import derived_seed
+from mwt.runtime import StopRequested, keep_freed_memory, run_program
+from mwt.structs import Batch
+
+AUGMENTATIONS = ("crop", "crop_flip", "affine_flip", "coords", "points")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(prog="eval.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", required=True, help="run directory, model folder, or builtin:NAME")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--split", default="all", help="all, or one split of the data")
+    parser.add_argument(
+        "--values", choices=("phi", "delta"), default="delta",
+        help="what is stored: weights, or differences from the base; readers convert either",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
+    parser.add_argument("--copies", type=int, default=0, metavar="N", help="augmented fits of each training signal")
+    parser.add_argument("--augment", choices=AUGMENTATIONS, help="of the copies; by default the run's data.augment")
+    parser.add_argument("--checkpoint", choices=("last", "best"), default="last")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
+    )
+    parser.add_argument("--shard-mib", type=float, default=SHARD_BYTES / 2**20, help="size of a shard, about")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.* and run.* only")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.copies < 0:
+        raise InputError(f"--copies is {arguments.copies}; it cannot be negative.")
+    if arguments.augment and not arguments.copies:
+        raise InputError("--augment is for copies, and there are none; add --copies N.")
+    if arguments.shard_mib <= 0:
+        raise InputError(f"--shard-mib is {arguments.shard_mib}; it must be positive.")
+    return arguments
+
+
+# ---- what is exported --------------------------------------------------------------------------------------------
+
+
+def open_run(arguments: argparse.Namespace) -> TrainedRun:
+    """The model and its configuration: of a run directory, of a model folder, or one that comes with the package.
+
+    Raises:
+        InputError: there is none of that name, or an override that would change the model.
+    """
+    path = Path(arguments.run)
+    if not arguments.run.startswith(BUILTIN) and not (
+        (path / "config.json").is_file() and not (path / "config.yaml").is_file()
+    ):
+        return open_trained(
+            path, checkpoint=arguments.checkpoint, weights=arguments.weights, overrides=arguments.overrides
+        )
+    for item in arguments.overrides:
+        if "=" in item and not item.startswith(("data.", "run.")):
+            raise InputError(f"{item.split('=')[0]} cannot be changed here: only data.* and run.* can be overridden.")
+    config = load_config(ClassifyConfig, None, arguments.overrides)
+    device = runtime.choose_device(config.run.device)
+    if arguments.run.startswith(BUILTIN):
+        model = MetaWeightTransformer.from_pretrained(arguments.run).to(device)
+    else:
+        model = load_model(path, device, weights=arguments.weights)
+    return TrainedRun(path=path, checkpoint="last", step=0, config=config, model=model, device=device)
+
+
+def splits_to_export(info: DatasetInfo, wanted: str, data: DataConfig) -> dict[str, int]:
+    """Splits and how many of their signals.
+
+    Raises:
+        InputError: no such split, or one without signals.
+    """
+    names = [name for name, split in info.splits.items() if split.count] if wanted == "all" else [wanted]
+    counts = {name: min(info.split(name).count, data.limit or sys.maxsize) for name in names}
+    if not counts or min(counts.values()) < 1:
+        raise InputError(f"There is nothing to export: {info.folder} has no samples in {wanted!r}.")
+    return counts
+
+
+def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, counts: dict[str, int]) -> Description:
+    """The set as it is to be.
+
+    Raises:
+        InputError: copies of nothing, or copies that would all be alike.
+    """
+    data, inner = run.config.data, run.model.config.inner_loop.for_evaluation()
+    model = asdict(run.model.config)
+    kind = arguments.augment or data.augment
+    if arguments.copies and data.train_split not in counts:
+        raise InputError(
+            f"--copies is for the training split {data.train_split!r}, which --split {arguments.split} leaves out."
+        )
+    if arguments.copies and kind == "none":
+        raise InputError(
+            "--copies fits augmented images, but the run trained without augmentation: name one with --augment "
+            f"({', '.join(AUGMENTATIONS)})."
+        )
+    changes = {"kind": kind, "padding": data.crop_padding, "seed": derived_seed(run.config.run.seed, "export")}
+    return Description(
+        name=info.name,
+        signal=info.facts,
+        layout=run.model.siren.layout,
+        values=arguments.values,
+        dtype=arguments.dtype,
+        has_base=True,
+        steps=inner.steps,
+        source=describe_source(info, data),
+        fit={
+            "method": "meta-learned", "inner_steps": inner.steps, "fraction": inner.fraction, "points": inner.points,
+            "precision": run.config.run.precision, "run": arguments.run, "checkpoint": run.checkpoint,
+            "step": run.step, "weights": run.weights, "model_sha256": model_digest(run.model),
+        },
+        train_split=data.train_split,
+        copies=arguments.copies,
+        augment=changes if arguments.copies else {"kind": "none"},
+        config=asdict(run.config) | {name: model[name] for name in ("siren", "inner_loop", "reader", "loss")},
+    )  # fmt: skip
+
+
+def model_digest(model: MetaWeightTransformer) -> str:
+    """SHA-256 of all that a fit depends on: SIREN and learned rates."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("siren.", "alpha.")):
+            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- fitting -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fit_signals(model: MetaWeightTransformer, batch: Batch, precision: str, copy: int) -> tuple[Tensor, Tensor]:
+    """Offsets [B, W] and losses [B, S + 1] in fp32, as `mwt.evaluation.evaluate` fits; each copy sees other points."""
+    with autocast(batch.labels.device, precision):
+        inner = model.config.inner_loop.for_evaluation()
+        fitted = model.fit(observe(batch, inner, seed=0, epoch=copy, purpose="evaluate"))
+    return fitted.offsets.float(), fitted.losses.float()
+
+
+def signals(split: Split, task: ShardTask) -> Iterator[Batch]:
+    """The signals of a shard, in batches that are the same whoever writes it."""
+    for batch in split.batches(batch_size=task.batch, start=task.start // task.batch):
+        if int(batch.positions[0]) >= task.stop:
+            return
+        yield batch
+
+
+class Stopped(Exception):
+    """Somebody wants the program to end."""
+
+
+def write_shards(
+    run: TrainedRun, writer: WeightSetWriter, tasks: list[ShardTask], stop: StopRequested, bar: tqdm
+) -> None:
+    """Fit and write.
+
+    Raises:
+        Stopped: between two batches; the shard that was being filled is left out.
+    """
+    description, device = writer.description, run.device
+    changes = description.augment
+
+    @cache
+    def opened(name: str) -> Split:
+        split = open_configured(run.config.data, name, device)
+        check_data_fits(run.model, split.facts, run.config.data.path)
+        return split
+
+    for task in tasks:
+        split, found = opened(task.split), 0
+        with writer.shard(task) as shard:
+            for batch in signals(split, task):
+                found += len(batch)
+                positions = batch.positions.tolist()
+                keys = [str(split.locate(position).get("key", "")) for position in positions]
+                for copy in range(1 + task.copies):
+                    if stop.signal is not None:
+                        raise Stopped
+                    seen = batch
+                    if copy:
+                        kind, seed = changes["kind"], changes["seed"]
+                        seen = augment(batch, kind, seed=seed, epoch=copy, padding=changes["padding"])
+                    offsets, losses = fit_signals(run.model, seen, run.config.run.precision, copy)
+                    with torch.no_grad():
+                        weights = run.model.siren.network_weights(offsets, description.values)
+                        quality = networks_psnr(description.layout, writer.stored(weights), seen)
+                    shard.add(
+                        weights, labels=batch.labels, index=batch.positions, psnr=quality, losses=losses, copy=copy,
+                        keys=keys,
+                    )  # fmt: skip
+                    bar.update(len(batch))
+            shard.skipped = task.stop - task.start - found
+        if skipped := split.bad.report():
+            print(f"warning: {skipped}", file=sys.stderr)
+
+
+# ---- the program -------------------------------------------------------------------------------------------------
+
+
+def announce(run: TrainedRun, writer: WeightSetWriter, counts: dict[str, int], world: int) -> None:
+    """What is about to happen, in a few lines."""
+    description = writer.description
+    inner = run.model.config.inner_loop.for_evaluation()
+    networks = sum(task.count for task in writer.tasks)
+    left = len(writer.missing())
+    print(f"run       {run.path}, checkpoint {run.checkpoint!r} (step {run.step:,}), {inner.steps} inner steps")
+    print(f"data      {run.config.data.path}: " + ", ".join(f"{count:,} in {name!r}" for name, count in counts.items()))
+    copies = f" with {description.copies} copies ({description.augment['kind']})" if description.copies else ""
+    print(f"networks  {networks:,}{copies} of {description.layout}: {description.layout.count:,} numbers each, "
+          f"{description.values} in {description.dtype}")  # fmt: skip
+    if writer.complete:
+        print(f"out       {writer.out} is complete already; nothing to do")
+        return
+    free = shutil.disk_usage(writer.out.parent).free
+    print(f"disk      {size(writer.bytes_needed)} needed, {size(free)} free")
+    begun = f"; {len(writer.tasks) - left} are there already" if left < len(writer.tasks) else ""
+    many = f", by {world} processes" if world > 1 else ""
+    print(f"out       {writer.out}: {len(writer.tasks)} shards{many}{begun}", flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def show(manifest: Manifest) -> None:
+    """What has been written, as a table."""
+    print(f"\n{'split':<8} {'networks':>9} {'shards':>7} {'size':>10} {'PSNR':>10}")
+    for name, split in manifest.splits.items():
+        taken = size(sum(shard.bytes for shard in split.shards))
+        quality = manifest.psnr[name]
+        decibels = "-" if quality is None else f"{quality:.2f} dB"
+        print(f"{name:<8} {split.count:>9,} {len(split.shards):>7} {taken:>10} {decibels:>10}")
+    print(f"\nWritten: {manifest.folder}\nCheck it with:  python -m data_pipes.verify {manifest.folder}")
+
+
+def export(
+    run: TrainedRun, writer: WeightSetWriter, counts: dict[str, int], accelerator: Accelerator
+) -> Manifest | None:
+    """Write what is missing of the set, together with the other processes; None in all but the first of them."""
+    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    with StopRequested() as stop, writer:
+        if main:
+            announce(run, writer, counts, world)
+        accelerator.wait_for_everyone()  # the folder is there
+        tasks = writer.missing(rank=rank, world=world)
+        accelerator.wait_for_everyone()  # all know their share before anybody writes
+        total = sum(task.count for task in tasks)
+        what = f"process 1 of {world}" if world > 1 else None
+        with tqdm(total=total, unit="network", desc=what, dynamic_ncols=True, disable=None if main else True) as bar:
+            try:
+                write_shards(run, writer, tasks, stop, bar)
+            except Stopped as error:
+                print(f"\nStopped; {len(writer.tasks) - len(writer.missing())} of {len(writer.tasks)} shards of "
+                      f"{writer.out} are finished. The same command goes on.", file=sys.stderr)  # fmt: skip
+                raise SystemExit(stop.exit_status) from error
+        accelerator.wait_for_everyone()
+        return writer.finish() if main else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export; see the module's text."""
+    arguments = parse(argv)
+    keep_freed_memory()
+    runtime.end_with_launcher()
+    on_cpu = not torch.cuda.is_available() or "run.device=cpu" in arguments.overrides
+    # First of all: it chooses this process's GPU. Shards take minutes, and who has fewer of them waits for the others.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
+    run = replace(open_run(arguments), device=accelerator.device)
+    run.model.to(accelerator.device)
+    runtime.check_launcher(run.config.run.precision)
+    data = run.config.data
+    info = read_info(data.path, schemes=data.schemes)
+    check_data_fits(run.model, info.facts, data.path)
+    counts = splits_to_export(info, arguments.split, data)
+    siren = run.model.siren
+    with torch.no_grad():
+        base = siren.network_weights(siren.init_offsets(1), "phi")
+    writer = WeightSetWriter(
+        arguments.out, describe(run, info, arguments, counts), counts, base=base, batch=run.config.run.eval_batch_size,
+        shard_bytes=int(arguments.shard_mib * 2**20), main=accelerator.is_main_process,
+    )  # fmt: skip
+    manifest = export(run, writer, counts, accelerator)
+    if manifest is not None:
+        show(manifest)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
