@@ -169,7 +169,9 @@ def check_run_directory(run: Path) -> None:
         InputError: it has no configuration.
     """
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run directory (it has no config.yaml); train.classify and train.weights make them.")
+        raise InputError(
+            f"{run} is not a run directory (it has no config.yaml); train.classify and train.weights make them."
+        )
 
 
 def has_checkpoint(run: Path, name: str = "last") -> bool:

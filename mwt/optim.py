@@ -27,7 +27,8 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig | WeightsOptimConfig, *, total_steps: int) -> LRScheduler:
+    optimizer: torch.optim.Optimizer, config: OptimConfig | WeightsOptimConfig, *, total_steps: int
+) -> LRScheduler:
     """The schedule over `total_steps` optimizer steps; call its `step` after each."""
     if config.schedule != "onecycle":
         rise = round(config.warmup * total_steps)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mwt.checkpoint import find_checkpoint, has_checkpoint, restore, save_checkpoint
@@ -69,9 +69,7 @@ def evaluate_reader(
         rows.append((sample.labels.cpu(), logits.float().softmax(-1).cpu()))
     reader.train(was_training)
     labels, probabilities = (torch.cat(column) for column in zip(*rows, strict=True))
-    return Classification(
-        classes=classes, positions=examples.places.cpu(), labels=labels, probabilities=probabilities
-    )
+    return Classification(classes=classes, positions=examples.places.cpu(), labels=labels, probabilities=probabilities)
 
 
 @dataclass(kw_only=True)
@@ -142,7 +140,7 @@ class ReaderTraining:
             self.reader.freeze_encoder()
         rate = optim.pretrain_lr if first and optim.pretrain_lr else optim.lr
         steps = self.pretrain_steps if first else self.total_steps - self.pretrain_steps
-        parameters = [p for p in self.reader.parameters() if p.requires_grad] or [torch.zeros(0, requires_grad=True)]
+        parameters = [p for p in self.reader.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(0))]
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay, fused=True)
         self.schedule = make_schedule(self.optimizer, optim, total_steps=max(1, steps))
 
@@ -155,7 +153,7 @@ class ReaderTraining:
             self.seconds = time.monotonic() - began
         saved_at = time.monotonic()
         self.reader.train()
-        while self.step < self.total_steps and stop.signal is None:
+        while self.step < self.total_steps and not self._stopped(stop):
             epoch = self.step // self.steps_per_epoch
             order = permutation(len(self.train), seed=self.config.run.seed, purpose="order", epoch=epoch)
             batches = order.split(self.config.data.batch_size)[: self.steps_per_epoch]
@@ -168,7 +166,7 @@ class ReaderTraining:
                 due = self.step % self.config.run.log_every == 0 or self.step == self.total_steps
                 on_step(self._flush() if due else None)
                 self.seconds += time.monotonic() - began
-                if stop.signal is not None:
+                if self._stopped(stop):
                     break
             self._monitor()
             if time.monotonic() - saved_at > 60 * self.config.run.checkpoint_minutes:
@@ -176,6 +174,10 @@ class ReaderTraining:
                 saved_at = time.monotonic()
         self.save("last")
         return self.step == self.total_steps
+
+    @staticmethod
+    def _stopped(stop: StopRequested) -> bool:
+        return stop.signal is not None
 
     def _train_step(self, rows: Int[Tensor, " B"]) -> None:
         config, first = self.config, self.pretraining
@@ -187,7 +189,7 @@ class ReaderTraining:
         hits = torch.zeros((), device=device)
         with autocast(device, config.run.precision):
             if first:
-                assert self.coords is not None and sample.phi is not None
+                assert self.coords is not None, "whoever asks for a first phase gives coordinates"
                 loss = self.reader.pretraining_loss(sample.inputs, sample.phi, self.coords(self.step))  # type: ignore[operator]
             else:
                 logits = forward(sample.inputs).float()
@@ -208,8 +210,9 @@ class ReaderTraining:
         if self._codes is None:
             parts = self.train.places.split(self.config.run.eval_batch_size)
             with torch.no_grad(), autocast(next(self.reader.parameters()).device, self.config.run.precision):
-                self._codes = torch.cat([self.reader.encode(self.train.read(part).inputs).float() for part in parts])
-                self._labels = torch.cat([self.train.read(part).labels for part in parts])
+                samples = [self.train.read(part) for part in parts]
+                self._codes = torch.cat([self.reader.encode(sample.inputs).float() for sample in samples])  # type: ignore[arg-type]
+                self._labels = torch.cat([sample.labels for sample in samples])
         rows = rows.to(self._codes.device)
         return self.reader.classifier, Sample(self._codes[rows], self._labels[rows])
 

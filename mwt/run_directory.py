@@ -58,10 +58,11 @@ def open_run_directory(config: Config, overrides: list[str], *, resuming: bool, 
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
+    program = "classify" if isinstance(config, ClassifyConfig) else "weights"
     if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "
-            f"`python -m train.{'classify' if isinstance(config, ClassifyConfig) else 'weights'} --resume run.dir={run}`."
+            f"`python -m train.{program} --resume run.dir={run}`."
         )
     try:
         run.mkdir(parents=True, exist_ok=True)

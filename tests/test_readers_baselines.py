@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,11 @@ def parameters(reader: torch.nn.Module) -> int:
 
 def dense(*sizes: int) -> int:
     """Of a chain of linear layers with biases."""
-    return sum(a * b + b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+    return sum(a * b + b for a, b in pairwise(sizes))
 
 
 def test_sizes_of_the_flat_readers() -> None:
-    assert N == dense(2, 8, 8, 8, 3)
+    assert dense(2, 8, 8, 8, 3) == N
     assert parameters(make("linear")) == dense(N, K)
     with torch.device("meta"):
         navon, zhou = (
@@ -277,7 +278,9 @@ def test_nearest_neighbours_against_scikit_learn() -> None:
     chosen.memorise([(shifted, labels)])
     points = shifted.flat().numpy()
     accuracy = {
-        k: (cross_val_predict(KNeighborsClassifier(k), points, labels.numpy(), cv=LeaveOneOut()) == labels.numpy()).mean()
+        k: (
+            cross_val_predict(KNeighborsClassifier(k), points, labels.numpy(), cv=LeaveOneOut()) == labels.numpy()
+        ).mean()
         for k in (1, 3, 5, 7, 9, 15, 25)
     }
     assert accuracy[int(chosen.k)] == max(accuracy.values())

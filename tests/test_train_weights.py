@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from data_pipes.read import open_split
 from data_pipes.weights import load_weight_set
 from mwt.config_files import load_config
-from mwt.errors import InputError
+from mwt.errors import InputError, TrainingError
 from mwt.observe import pixels
 from mwt.reader_training import ReaderTraining
 from mwt.readers import list_readers, load_reader
@@ -64,7 +65,9 @@ def test_a_linear_probe_learns_and_says_so(networks: Path, tmp_path: Path, capsy
     # The saved reader says the same by itself.
     reader = load_reader(folder)
     batch = load_weight_set(networks, "test", "delta").batch(range(40))
-    assert float((reader(batch.weights).argmax(-1) == batch.labels).float().mean()) == pytest.approx(numbers["accuracy"])
+    assert float((reader(batch.weights).argmax(-1) == batch.labels).float().mean()) == pytest.approx(
+        numbers["accuracy"]
+    )
     assert run(networks, folder, "--evaluate", "data.test_split=train") == 0
     assert json.loads((folder / "eval" / "classify_train.json").read_text())["count"] == 128
     assert json.loads((folder / "eval" / "classify.json").read_text()) == numbers
@@ -189,15 +192,13 @@ def test_networks_of_another_layout_are_refused(networks: Path, tmp_path: Path) 
     content = json.loads(file.read_text())
     content["layout"]["omegas"][0] = 30.0
     file.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"do not fit the reader: layout \[2, 64, 64, 64, 1\], omegas .*trained .*30.0"):
+    with pytest.raises(InputError, match=r"do not fit the reader: layout \[2, 64, 64, 64, 1\], .*trained .*30.0"):
         run(networks, folder, "--evaluate")
-    with pytest.raises(InputError, match="exists already.*train.weights --resume"):
+    with pytest.raises(InputError, match=r"exists already.*train.weights --resume"):
         run(networks, folder, "reader.name=linear")
 
 
 def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "set"
     shutil.copytree(networks, copy)
     (copy / "statistics.safetensors").unlink()
@@ -206,8 +207,6 @@ def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Pat
 
 
 def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path) -> None:
-    from mwt.errors import TrainingError
-
     config = configured(networks, "reader.name=linear", f"run.dir={tmp_path / 'run'}", "run.log_every=4")
     training = build(config, CPU)
     before = training.reader.logits.weight.clone()

@@ -259,7 +259,8 @@ class Inr2ArrayReader(TwoPhaseReader):
             size, parts = getattr(options, width), getattr(options, heads)
             if size % (2 * parts):
                 raise InputError(
-                    f"reader.options.{width} is {size}; it must be a multiple of twice reader.options.{heads} ({parts})."
+                    f"reader.options.{width} is {size}; it must be a multiple of twice the reader.options.{heads}, "
+                    f"which is {parts}."
                 )
         latents = options.patches**layout.coordinate_dims
         self.encoder = NFTEncoder(

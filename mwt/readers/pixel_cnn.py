@@ -46,7 +46,7 @@ class PixelCNN(Reader):
             inputs = width
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
 
-    def forward(self, images: Float[Tensor, "B C h w"] | Weights) -> Float[Tensor, "B K"]:  # type: ignore[override]
+    def forward(self, images: Float[Tensor, "B C h w"] | Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of images.
 
         Raises:

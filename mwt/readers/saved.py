@@ -37,7 +37,9 @@ def load_reader(folder: Path | str, device: torch.device | str = "cpu") -> Reade
         reader.facts = content["facts"]
         reader.load_state_dict(load_file(folder / TENSORS_FILE))
     except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no reader: {Path(error.filename or TENSORS_FILE).name} is missing.") from error
+        raise InputError(
+            f"{folder} holds no reader: {Path(error.filename or TENSORS_FILE).name} is missing."
+        ) from error
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

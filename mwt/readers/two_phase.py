@@ -33,9 +33,7 @@ class TwoPhaseReader(Reader):
         """Class logits of a batch of networks, or of their offsets."""
         return self.classifier(self.encode(weights))
 
-    def pretraining_loss(
-        self, weights: Weights, phi: Weights, coords: Float[Tensor, "P D"]
-    ) -> Float[Tensor, ""]:
+    def pretraining_loss(self, weights: Weights, phi: Weights, coords: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
         """Mean squared error between what the decoder draws and what the networks themselves do.
 
         Args:
