@@ -28,9 +28,9 @@ Parts = TypeVar("Parts", bound="Graph | Weights")
 class Graph(NamedTuple):
     """The graphs of B networks. `forward[l]` lies between `nodes[l]` and `nodes[l + 1]`, as the weight matrix does."""
 
-    nodes: tuple[Float[Tensor, "B n d"], ...]
-    forward: tuple[Float[Tensor, "B out in e"], ...]
-    backward: tuple[Float[Tensor, "B out in e"], ...]
+    nodes: tuple[Float[Tensor, "B _ d"], ...]
+    forward: tuple[Float[Tensor, "B _ _ e"], ...]
+    backward: tuple[Float[Tensor, "B _ _ e"], ...]
     """The reversed edges, in the same places: from out to in. Empty where there are none."""
 
 
@@ -71,7 +71,7 @@ class GaussianEncoding(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", scale * torch.randn(count, features))
 
-    def forward(self, x: Float[Tensor, "*shape features"]) -> Float[Tensor, "*shape twice_count"]:
+    def forward(self, x: Float[Tensor, "*shape features"]) -> Float[Tensor, "*shape encoded"]:
         """The encoding of x; always in full precision, for half precision has too few digits for many turns."""
         with torch.autocast(x.device.type, enabled=False):
             angle = 2 * pi * F.linear(x, self.frequencies)
@@ -86,7 +86,7 @@ class Positions(nn.Module):
         self.counts = [layout.sizes[0], *[1] * len(layout.hidden), layout.sizes[-1]]
         self.vectors = nn.Parameter(torch.randn(sum(self.counts), width))
 
-    def forward(self) -> tuple[Float[Tensor, "n d"], ...]:
+    def forward(self) -> tuple[Float[Tensor, "_ d"], ...]:
         """One tensor a layer: [n, d] for inputs and outputs, [1, d] for hidden layers."""
         return self.vectors.split(self.counts)
 
@@ -101,7 +101,7 @@ class Probes(nn.Module):
         self.embed = nn.ModuleList(nn.Sequential(nn.Linear(count, width), nn.LayerNorm(width)) for _ in layout.sizes)
         self._checked = False
 
-    def forward(self, weights: Weights) -> list[Float[Tensor, "B n d"]]:
+    def forward(self, weights: Weights) -> list[Float[Tensor, "B _ d"]]:
         """Features of the nodes of each layer, inputs first. Takes the networks' own weights, not their offsets.
 
         Raises:
@@ -111,8 +111,8 @@ class Probes(nn.Module):
             if self.layout.shared_output and not bool(weights.weights[-1].any()):
                 raise InputError(
                     "reader.options.probes asks the networks for their values, but these are offsets from a common "
-                    "base (their output layer is zero), which draw nothing. Use reader.options.probes=0, or networks with "
-                    "their full weights."
+                    "base (their output layer is zero), which draw nothing. Use reader.options.probes=0, or "
+                    "networks with their full weights."
                 )
             self._checked = True
         answers = [self.coords.expand(len(weights.biases[0]), -1, -1)]

@@ -23,7 +23,7 @@ from mwt.weight_space import Layout, Weights
 LEAST_VARIANCE = 1e-5
 
 
-def aggregate(incoming: list[tuple[Float[Tensor, "B out in d"], int]]) -> Float[Tensor, "B n 4d"]:
+def aggregate(incoming: list[tuple[Float[Tensor, "B _ _ d"], int]]) -> Float[Tensor, "B n 4*d"]:
     """Mean, minimum, maximum and standard deviation of all messages that nodes receive.
 
     Args:
@@ -91,7 +91,7 @@ class GnnLayer(nn.Module):
         )
         return Graph(nodes, forward, backward)
 
-    def update_nodes(self, graph: Graph) -> tuple[Float[Tensor, "B n d"], ...]:
+    def update_nodes(self, graph: Graph) -> tuple[Float[Tensor, "B _ d"], ...]:
         """The nodes after messages and PNA's update, before the norm."""
         to_target, to_source = self.message.weight.chunk(2, dim=1)
         as_target = [F.linear(x, to_target, self.message.bias) for x in graph.nodes]
@@ -119,6 +119,7 @@ class NgGnnReader(Reader):
     Weights should come with a deviation of about 1 (`reader.input=standardise_layers`; end to end, a matching
     `reader.token_scale`): the Gaussian encoding turns `frequency_scale` times for each 1. Statistics of each weight
     (`standardise`) break the invariance. Degrees count the reversed edges too, where the release counts forward ones.
+    The output nodes see as many layers back as there are rounds: `layers` should be no less than weight matrices.
     `reader.checkpoint=true` computes each layer again in the backward pass, a few networks at a time.
     """
 

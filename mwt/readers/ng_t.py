@@ -47,7 +47,7 @@ class RelationalAttention(nn.Module):
         self.edge = linear(edge_width, 4 * width, bias=False)
         self.out = linear(width, node_width)
 
-    def forward(self, graph: Graph, no_edge: Float[Tensor, " e"]) -> list[Float[Tensor, "B n d"]]:
+    def forward(self, graph: Graph, no_edge: Float[Tensor, " e"]) -> list[Float[Tensor, "B _ d"]]:
         """What the nodes of each layer receive."""
         plain_q, plain_k, plain_s, plain_t = self.edge(no_edge).chunk(4)
         nodes = [self.node(x).chunk(3, dim=-1) for x in graph.nodes]
@@ -72,7 +72,7 @@ class RelationalAttention(nn.Module):
         return received
 
     @staticmethod
-    def _edges_from(graph: Graph, i: int) -> dict[int, Float[Tensor, "B queries keys e"]]:
+    def _edges_from(graph: Graph, i: int) -> dict[int, Float[Tensor, "B _ _ e"]]:
         """The edges from the nodes of layer i, by the layer that they lead to."""
         edges = {}
         if i < len(graph.forward):

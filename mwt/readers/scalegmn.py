@@ -145,7 +145,7 @@ class ScaleGmnLayer(nn.Module):
             nodes.append(F.dropout(updated, self.dropout, self.training))
         return Graph(tuple(nodes), *(((), ()) if self.last else (self._edges(graph), graph.backward)))
 
-    def _edges(self, graph: Graph) -> tuple[Float[Tensor, "B out in e"], ...]:
+    def _edges(self, graph: Graph) -> tuple[Float[Tensor, "B _ _ e"], ...]:
         ends = [self.invariant(x) for x in graph.nodes]
         return tuple(
             self.edge(e) * self.ends(ends[i][:, None], ends[i + 1][:, :, None]) for i, e in enumerate(graph.forward)
@@ -163,6 +163,7 @@ class ScaleGmnReader(Reader):
     `reader.input=standardise_layers` divides each layer by its root mean square over the training split and subtracts
     no mean; `standardise` and a `token_scale` of 0 are refused. An output layer that all networks share is zero among
     offsets, and messages through zeros are zero: the readout is then of all nodes, not of the output nodes.
+    The output nodes see as many layers back as there are rounds: `layers` should be no less than weight matrices.
     `reader.checkpoint=true` computes each layer again in the backward pass, a few networks at a time.
     """
 
@@ -170,8 +171,10 @@ class ScaleGmnReader(Reader):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """Released: MNIST as it is; F-MNIST layers=2 mlp_width=64 readout=full plain_ends=true; CIFAR-10 width=64
-        mlp_width=64. Small: width=16 mlp_width=16 layers=2.
+        """Released: MNIST as it is; F-MNIST and CIFAR-10 as below. Small: width=16 mlp_width=16 layers=2.
+
+        F-MNIST: layers=2 mlp_width=64 readout=full plain_ends=true.
+        CIFAR-10: width=64 mlp_width=64 plain_ends=true symmetrise=false skip=false edge_positions=false.
         """
 
         width: int = 128
