@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+from mwt.readers.dws import DWSReader
 from mwt.readers.inr2array import Inr2ArrayReader
 from mwt.readers.inr2vec import Inr2VecReader
 from mwt.readers.interface import Reader, Standardise
 from mwt.readers.knn import KNNReader
 from mwt.readers.linear import LinearReader
 from mwt.readers.mlp import MLPReader
+from mwt.readers.nfn import HNPReader, NPReader
 from mwt.readers.ng_gnn import NgGnnReader
 from mwt.readers.ng_t import NgTReader
 from mwt.readers.pixel_cnn import PixelCNN
@@ -31,6 +33,9 @@ READERS: dict[str, type[Reader]] = {
     "ng_t": NgTReader,
     "scalegmn": ScaleGmnReader,
     "scalegmn_b": ScaleGmnBReader,
+    "dws": DWSReader,
+    "nfn_np": NPReader,
+    "nfn_hnp": HNPReader,
 }
 
 
