@@ -26,12 +26,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mwt.config import ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.model import MetaWeightTransformer
+from mwt.readers import Reader
 from mwt.runtime import sync, write_json
 
 Weights = Literal["ema", "raw"]
@@ -60,7 +61,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged ({error}).") from error
 
 
-def _optimizer_tensors(model: MetaWeightTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}|{key}": value.detach().cpu().contiguous()
@@ -73,7 +74,7 @@ def save_checkpoint(
     run: Path,
     *,
     name: str,
-    model: MetaWeightTransformer,
+    model: MetaWeightTransformer | Reader,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     average: MetaWeightTransformer | None = None,
@@ -107,7 +108,7 @@ def _what_is_left(run: Path) -> str:
 def _save(
     run: Path,
     name: str,
-    model: MetaWeightTransformer,
+    model: MetaWeightTransformer | Reader,
     average: MetaWeightTransformer | None,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
@@ -163,13 +164,15 @@ def _remove_unused(folder: Path) -> None:
 
 
 def check_run_directory(run: Path) -> None:
-    """Refuse what `train.classify` has not made.
+    """Refuse what no program of `train` has made.
 
     Raises:
         InputError: it has no configuration.
     """
     if not (run / "config.yaml").is_file():
-        raise InputError(f"{run} is not a run directory (it has no config.yaml); train.classify makes them.")
+        raise InputError(
+            f"{run} is not a run directory (it has no config.yaml); train.classify and train.weights make them."
+        )
 
 
 def has_checkpoint(run: Path, name: str = "last") -> bool:
@@ -236,7 +239,15 @@ def resume(
     _check_architecture(_read_json(folder / "config.json"), model, folder)
     if average is not None:
         average.load_state_dict(_read_tensors(folder / "model.safetensors"))
-    model.load_state_dict(_read_tensors(folder / ("model.safetensors" if average is None else RAW)))
+    weights = "model.safetensors" if average is None else RAW
+    return restore(folder, model=model, optimizer=optimizer, weights=weights)
+
+
+def restore(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, weights: str = "model.safetensors"
+) -> dict[str, Any]:
+    """Put the tensors of a checkpoint into a model of the same architecture and its optimizer; returns its state."""
+    model.load_state_dict(_read_tensors(folder / weights))
     tensors = _read_tensors(folder / "optimizer.safetensors")
     named = dict(model.named_parameters())
     for key, value in tensors.items():

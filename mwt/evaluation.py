@@ -22,48 +22,28 @@ POINTS_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What a model did on each sample of a split, in the order of the split, on the CPU."""
+class Classification:
+    """What a classifier said of each sample of a split, in the order of the split, on the CPU."""
 
     classes: tuple[str, ...]
     positions: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
     probabilities: Float[Tensor, "n K"]
-    error: Float[Tensor, " n"]
-    """Mean squared error over all points, values on the scale [0, 1]."""
-    subset_error: Float[Tensor, " n"]
-    """The same over the points that the final loss saw: all of them if s = 1."""
-    losses: Float[Tensor, "n S1"]
-    """Loss before each inner step and after the last, values on the scale [-1, 1]."""
-    kind: str = "image"
 
     @property
     def predicted(self) -> Int[Tensor, " n"]:
         """The most probable class of each sample."""
         return self.probabilities.argmax(-1)
 
-    @property
-    def psnr(self) -> Float[Tensor, " n"]:
-        """PSNR of each sample over all its points, in dB."""
-        return decibel(self.error)
-
     def summary(self) -> dict[str, Any]:
         """Numbers by name, as `eval/classify.json` holds them."""
         correct = (self.predicted == self.labels).float()
-        numbers: dict[str, Any] = {
+        return {
             "accuracy": float(correct.mean()),
             "cross_entropy": float(-self.probabilities.gather(1, self.labels[:, None]).clamp_min(1e-12).log().mean()),
             "ece": calibration_error(self.probabilities, self.labels),
             "count": len(self.labels),
         }
-        if self.kind == "image":  # a distance field has no peak value
-            numbers |= {
-                "psnr": float(self.psnr.mean()),
-                "psnr_pooled": float(decibel(self.error.mean())),
-                "psnr_subset": float(decibel(self.subset_error).mean()),
-            }
-        numbers["mse"] = float(self.losses[:, -1].mean())
-        return numbers
 
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
         """Count, accuracy (recall) and precision of each class; null where a class does not occur."""
@@ -77,6 +57,36 @@ class Evaluation:
             }
             for k, name in enumerate(self.classes)
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Classification):
+    """What a model did on each sample: what it said, and how well its fields were fitted."""
+
+    error: Float[Tensor, " n"]
+    """Mean squared error over all points, values on the scale [0, 1]."""
+    subset_error: Float[Tensor, " n"]
+    """The same over the points that the final loss saw: all of them if s = 1."""
+    losses: Float[Tensor, "n S1"]
+    """Loss before each inner step and after the last, values on the scale [-1, 1]."""
+    kind: str = "image"
+
+    @property
+    def psnr(self) -> Float[Tensor, " n"]:
+        """PSNR of each sample over all its points, in dB."""
+        return decibel(self.error)
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers by name, as `eval/classify.json` holds them."""
+        numbers = super().summary()
+        if self.kind == "image":  # a distance field has no peak value
+            numbers |= {
+                "psnr": float(self.psnr.mean()),
+                "psnr_pooled": float(decibel(self.error.mean())),
+                "psnr_subset": float(decibel(self.subset_error).mean()),
+            }
+        numbers["mse"] = float(self.losses[:, -1].mean())
+        return numbers
 
 
 def whole_error(field: Callable[[Tensor], Tensor], batch: Batch) -> Float[Tensor, " B"]:

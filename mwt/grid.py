@@ -19,13 +19,21 @@ from typing import Any
 from mwt.config import ClassifyConfig
 from mwt.config_files import flat, load_config
 from mwt.errors import InputError
+from mwt.fit_config import FitConfig
+from mwt.fit_set_config import FitSetConfig
 from mwt.grid_config import GridConfig, RowsConfig, StageConfig
+from mwt.weights_config import WeightsConfig
 
-SCHEMAS: dict[str, type] = {"train.classify": ClassifyConfig}
+SCHEMAS: dict[str, type] = {
+    "train.classify": ClassifyConfig,
+    "train.fit": FitConfig,
+    "train.fit_set": FitSetConfig,
+    "train.weights": WeightsConfig,
+}
 """Programs that take a configuration: their jobs are checked before any is started."""
 JOBS, OWN = "ALL-JOBS", "OWN-JOB"
 """What stands for the folder of all run directories, and for a job's own, before it is known where they are."""
-NOT_THE_RESULT = ("run.dir",)
+NOT_THE_RESULT = ("run.dir", "run.out")
 """Keys of such a configuration in which two jobs may differ and still be the same."""
 
 
@@ -177,6 +185,8 @@ def _job(
     words = [_fill(word, places, where) for word in options.arguments]
     own = [_fill(item, places, where) for item in options.overrides]
     given = _last_wins([*_taken(overrides, options.takes), *own])
+    if "--config" in words[:-1]:  # its own, not the scale's
+        config = Path(words[words.index("--config") + 1])
     content = {"program": options.program, **_identity(options.program, words, given, config)}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
     job_id = f"{stage}-{digest}"
@@ -217,7 +227,8 @@ def expand(
             if variant is None:
                 continue
             names = {key: text(value) for key, value in (size.with_ | variant).items()}
-            names |= {key: text(values[i]) for key, values in extras.items()} | {"config": str(config)}
+            names |= {key: text(values[i]) for key, values in extras.items()}
+            names |= {"config": str(config), "here": os.path.normpath(path.parent)}
             swept = [f"{block.sweep}={names['value']}"] if block.sweep else []
             name = f"{block.group}: {label}" if label else block.group
             jobs: dict[int, dict[str, Job]] = {}
@@ -227,6 +238,8 @@ def expand(
                 given += [_fill(item, mine, where) for item in block.overrides] + swept
                 chain: dict[str, Job] = {}
                 for stage, options in grid.stages.items():
+                    if block.stages and stage not in block.stages:
+                        continue
                     try:
                         job = _job(stage, options, mine, given, config, f"{name}, seed {seed}", chain)
                     except InputError as error:

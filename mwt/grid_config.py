@@ -1,6 +1,6 @@
 """A grid's YAML file: scales, stages, rows, columns and plots. `mwt.grid` makes jobs of it.
 
-In words and overrides, `{name}` stands for: `config` (the scale's), `seed`, `value` (of a sweep), an axis of a
+In words and overrides, `{name}` stands for: `config` (the scale's), `here` (the folder of the grid's file), `seed`, `value` (of a sweep), an axis of a
 `product`, a key of `with`, `dir` (the job's own run directory), or the name of an earlier stage (its run directory).
 """
 
@@ -62,6 +62,8 @@ class RowsConfig:
     """A list, or one for each scale, the paper's first. `null` leaves the row out at that scale."""
     product: dict[str, list[Any]] = field(default_factory=dict)
     """Axes: every combination is a row, the last axis runs fastest."""
+    stages: list[str] = field(default_factory=list)
+    """The stages of these rows, where they have not all of them; in the order of the grid's."""
     overrides: list[str] = field(default_factory=list)
     with_: dict[str, Any] = field(default_factory=dict)
     """Further placeholders; `with` in the file. A list has an entry for each row."""
@@ -75,7 +77,7 @@ class ColumnConfig:
 
     title: str
     stage: str
-    """The stage in whose run directory the file is."""
+    """The stage in whose run directory the file is; `a|b`: of those that a row has the first one. Blank without any."""
     file: str = ""
     """A JSON file (may hold placeholders), or JSON lines, of which the last one that has the number counts. Empty:
     what the grid itself knows of the job (`seconds`)."""
@@ -116,9 +118,13 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         for name, column in self.columns.items():
-            if column.stage not in self.stages:
-                raise InputError(f"columns.{name}.stage is {column.stage!r}; the stages are {', '.join(self.stages)}.")
+            if unknown := set(column.stage.split("|")) - set(self.stages):
+                raise InputError(
+                    f"columns.{name}.stage: no {unknown.pop()!r}; the stages are {', '.join(self.stages)}."
+                )
         for block in self.rows:
+            if unknown := set(block.stages) - set(self.stages):
+                raise InputError(f"rows, {block.group!r}: there is no stage {unknown.pop()!r}.")
             for name in block.paper:
                 if name not in self.columns:
                     raise InputError(f"rows, {block.group!r}: paper has {name!r}, but no column is called so.")

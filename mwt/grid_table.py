@@ -112,9 +112,12 @@ def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
         else:
             for name, column in grid.columns.items():
                 file = column.file.format_map(cell.names)
-                number = measure(column, file, chain[column.stage], jobs)
+                stage = next((stage for stage in column.stage.split("|") if stage in chain), None)
+                if stage is None:
+                    continue
+                number = measure(column, file, chain[stage], jobs)
                 if number is None:
-                    problems.append(f"seed {seed}: no {column.path} in {chain[column.stage].id}/{file}")
+                    problems.append(f"seed {seed}: no {column.path} in {chain[stage].id}/{file}")
                 else:
                     values[name][seed] = number
     return Row(cell=cell, values=values, problems=tuple(problems), open=tuple(pending))

@@ -17,8 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from mwt.config import OptimConfig
 from mwt.model import MetaWeightTransformer
+<<<<<<< HEAD
 from mwt.muon import Muon
 from mwt.muon_groups import Split, split_parameters
+=======
+from mwt.weights_config import WeightsOptimConfig
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 
 
 def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.optim.Optimizer:
@@ -34,6 +38,7 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
+<<<<<<< HEAD
 def _make_muon(model: MetaWeightTransformer, config: OptimConfig, rates: dict[str, float]) -> Muon:
     split = split_parameters(model)
     adam, muon = [], []
@@ -46,6 +51,11 @@ def _make_muon(model: MetaWeightTransformer, config: OptimConfig, rates: dict[st
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> LRScheduler:
+=======
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig | WeightsOptimConfig, *, total_steps: int
+) -> LRScheduler:
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
     """The schedule over `total_steps` optimizer steps; call its `step` after each."""
     if config.schedule != "onecycle":
         rise = round(config.warmup * total_steps)

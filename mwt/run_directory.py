@@ -18,7 +18,8 @@ MAY_CHANGE = {
     "run": {"dir", "device", "precision", "compile", "threads", "log_every", "monitor_every", "monitor_limit",
             "checkpoint_minutes", "eval_batch_size", "trackers", "on_nonfinite", "max_skipped"},
     "optim": {"accumulate"},
-    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers", "on_bad_sample", "max_bad", "schemes"},
+    "data": {"path", "test_split", "monitor_split", "resident_mb", "workers", "on_bad_sample", "max_bad", "schemes",
+             "images"},
     **SAME_RESULT,
 }  # fmt: skip
 """What a resumed run may set otherwise; everything else would make it another run."""
@@ -71,6 +72,7 @@ def open_run_directory(
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
+    program = "classify" if isinstance(config, ClassifyConfig) else "weights"
     if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "

@@ -5,23 +5,49 @@ from __future__ import annotations
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.readers.dws import DWSReader
+from mwt.readers.inr2array import Inr2ArrayReader
+from mwt.readers.inr2vec import Inr2VecReader
 from mwt.readers.interface import Reader, Standardise
+<<<<<<< HEAD
+=======
+from mwt.readers.knn import KNNReader
+from mwt.readers.linear import LinearReader
+from mwt.readers.mlp import MLPReader
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 from mwt.readers.nfn import HNPReader, NPReader
 from mwt.readers.ng_gnn import NgGnnReader
 from mwt.readers.ng_t import NgTReader
+from mwt.readers.pixel_cnn import PixelCNN
+from mwt.readers.saved import load_reader
 from mwt.readers.scalegmn import ScaleGmnBReader, ScaleGmnReader
 from mwt.readers.transformer import TransformerReader
 from mwt.weight_space import Layout
 
 READERS: dict[str, type[Reader]] = {
     "transformer": TransformerReader,
+<<<<<<< HEAD
     "dws": DWSReader,
     "nfn_np": NPReader,
     "nfn_hnp": HNPReader,
+=======
+    "wt": TransformerReader,  # the paper's name of it, where it learns from networks that are fitted already
+    "linear": LinearReader,
+    "mlp": MLPReader,
+    "knn": KNNReader,
+    "inr2vec": Inr2VecReader,
+    "inr2array": Inr2ArrayReader,
+    "pixel_cnn": PixelCNN,
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
     "ng_gnn": NgGnnReader,
     "ng_t": NgTReader,
     "scalegmn": ScaleGmnReader,
     "scalegmn_b": ScaleGmnBReader,
+<<<<<<< HEAD
+=======
+    "dws": DWSReader,
+    "nfn_np": NPReader,
+    "nfn_hnp": HNPReader,
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 }
 
 
@@ -41,4 +67,4 @@ def make_reader(config: ReaderConfig, *, layout: Layout, classes: int) -> Reader
     return READERS[config.name](config, layout=layout, classes=classes)
 
 
-__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "make_reader"]
+__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "load_reader", "make_reader"]

@@ -9,11 +9,19 @@ class MyReader(Reader):
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from dataclasses import dataclass
+=======
+import json
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +29,8 @@ from mwt.config import ReaderConfig
 from mwt.config_files import read_options
 from mwt.errors import InputError
 from mwt.weight_space import Layout, Weights
+
+CONFIG_FILE, TENSORS_FILE = "reader.json", "model.safetensors"
 
 LEAST_STD = 1e-5
 """A weight that varies less over the training split is not scaled: the shared output layer's would give NaN."""
@@ -79,12 +89,22 @@ class Standardise(nn.Module):
 class Reader(nn.Module):
     """A weight-space classifier: `forward(weights)` gives the logits [B, K] of B networks of one layout."""
 
+    pretrains = False
+    """Whether it has a first phase without labels (`mwt.readers.two_phase`)."""
+    memorises = False
+    """Whether it keeps the training networks (`memorise`) and learns nothing by gradients."""
+    reads_images = False
+    """Whether it reads the images that networks were fitted to instead of the networks."""
+
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """What `reader.options` may hold; a reader with options of its own overrides it."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__()
+        self.config = config
+        self.facts: dict[str, Any] = {}
+        """What it was trained on, JSON-able: kept with it."""
         self.layout = layout
         self.classes = classes
         self.options: Any = read_options(self.Options, config.options, f"reader.options of {config.name}")
@@ -112,3 +132,37 @@ class Reader(nn.Module):
     def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of networks, or of their offsets."""
         raise NotImplementedError
+<<<<<<< HEAD
+=======
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the reader into a folder, for `mwt.readers.load_reader`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "reader": asdict(self.config), "layout": asdict(self.layout), "classes": self.classes, "facts": self.facts
+        }  # fmt: skip
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / TENSORS_FILE)
+
+
+def read_options(config: ReaderConfig, schema: type) -> Any:
+    """`reader.options` as the reader's own dataclass.
+
+    Raises:
+        InputError: an option that the reader does not have (with a suggestion), or one of the wrong type.
+    """
+    known = {field.name: field for field in fields(schema)}
+    for key, value in config.options.items():
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise InputError(
+                f"reader.options.{key}: the reader {config.name} has no such option; it has "
+                f"{', '.join(known) or 'none'}.{hint}"
+            )
+        kind = type(known[key].default)
+        if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
+            raise InputError(f"reader.options.{key} is {value!r}; it must be of type {kind.__name__}.")
+    return schema(**config.options)
+>>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb

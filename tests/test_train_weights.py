@@ -1,0 +1,236 @@
+"""train.weights: a reader on a set of fitted networks, from the beginning to the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipes.read import open_split
+from data_pipes.weights import load_weight_set
+from mwt.config_files import load_config
+from mwt.errors import InputError, TrainingError
+from mwt.observe import pixels
+from mwt.reader_training import ReaderTraining
+from mwt.readers import load_reader
+from mwt.symmetry import WeightAugmentation, augment
+from mwt.tracking import read_metrics
+from mwt.weights_config import WeightsAugmentConfig, WeightsConfig
+from tests.digits_weights import write_digits
+from train.weights import Part, build, choose_networks, main, make_augmentation
+
+CPU = torch.device("cpu")
+SMALL_INR2VEC = (
+    "reader.name=inr2vec", "reader.options.width=8", "reader.options.code=16", "reader.options.decoder_width=8",
+    "optim.pretrain_epochs=2", "optim.epochs=2", "data.batch_size=32", "run.log_every=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("sets") / "digits", {"train": 128, "test": 40})
+
+
+def run(networks: Path, folder: Path, *overrides: str) -> int:
+    return main([f"data.path={networks}", f"run.dir={folder}", "run.device=cpu", *overrides])
+
+
+def configured(networks: Path, *overrides: str) -> WeightsConfig:
+    return load_config(WeightsConfig, None, [f"data.path={networks}", *overrides])
+
+
+def test_a_linear_probe_learns_and_says_so(networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    assert run(networks, folder, "reader.name=linear", "optim.epochs=8", "data.holdout=0.25", "run.log_every=3") == 0
+    numbers = json.loads((folder / "eval" / "classify.json").read_text())
+    assert numbers["accuracy"] > 0.6
+    assert numbers["count"] == 40 == sum(row["count"] for row in numbers["per_class"].values())
+    assert numbers["parameters"] == load_weight_set(networks).layout.count * 10 + 10
+    assert {"ece", "seconds", "confusion", "step"} <= set(numbers)
+    lines = read_metrics(folder / "metrics.jsonl")
+    val = [line for line in lines if line["split"] == "val"]
+    assert len(val) == 8
+    assert [line["count"] for line in val] == [32] * 8
+    best = max(val, key=lambda line: line["accuracy"])
+    assert numbers["step"] == best["step"]
+    assert f"accuracy {numbers['accuracy']:.2%}" in capsys.readouterr().out
+    assert (folder / "env.json").is_file()
+
+    # The saved reader says the same by itself.
+    reader = load_reader(folder)
+    batch = load_weight_set(networks, "test", "delta").batch(range(40))
+    assert float((reader(batch.weights).argmax(-1) == batch.labels).float().mean()) == pytest.approx(
+        numbers["accuracy"]
+    )
+    assert run(networks, folder, "--evaluate", "data.test_split=train") == 0
+    assert json.loads((folder / "eval" / "classify_train.json").read_text())["count"] == 128
+    assert json.loads((folder / "eval" / "classify.json").read_text()) == numbers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("reader.name=knn",), ("reader.name=wt", "reader.blocks=1"),
+     ("reader.name=mlp", "reader.options.width=8", "reader.input=standardise", "augment.noise=0.1"),
+     ("reader.name=inr2array", "reader.options.width=8", "reader.options.heads=1", "reader.options.blocks=1",
+      "reader.options.patches=2", "reader.options.classifier_width=8", "reader.options.classifier_blocks=1",
+      "optim.pretrain_epochs=1", "optim.pretrain_points=10", "data.limit=8", "data.batch_size=4"),
+     ("reader.name=pixel_cnn", "reader.options.width=4", "reader.options.stages=2")],
+    ids=lambda options: options[0].split("=")[1],
+)  # fmt: skip
+def test_every_kind_of_reader_goes_through(networks: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert run(networks, tmp_path / "run", "--debug", *options) == 0
+    numbers = json.loads((tmp_path / "run" / "eval" / "classify.json").read_text())
+    assert numbers["count"] == (8 if "data.limit=8" in options else 16)
+    assert numbers["reader"] == options[0].split("=")[1]
+
+
+def test_stopped_and_resumed_is_as_if_never_stopped(
+    networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(networks, tmp_path / "whole", *SMALL_INR2VEC) == 0
+    step = ReaderTraining._train_step
+    for stop_at in (5, 8, 13):  # in the first phase, where it ends, and in the second
+
+        def stopping(self: ReaderTraining, rows: torch.Tensor, stop_at: int = stop_at) -> None:
+            step(self, rows)
+            if self.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        folder = tmp_path / f"stopped{stop_at}"
+        monkeypatch.setattr(ReaderTraining, "_train_step", stopping)
+        assert run(networks, folder, *SMALL_INR2VEC) == 143
+        assert f"Stopped at step {stop_at} of 16" in capsys.readouterr().err
+        monkeypatch.setattr(ReaderTraining, "_train_step", step)
+        assert main(["--resume", f"run.dir={folder}"]) == 0
+        one, other = (load_file(path / "checkpoints" / "step-00000016" / "model.safetensors")
+                      for path in (tmp_path / "whole", folder))  # fmt: skip
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(path / "metrics.jsonl")]
+                 for path in (tmp_path / "whole", folder)]  # fmt: skip
+        assert lines[0] == lines[1]
+        assert {"reconstruction_loss", "classification_loss"} <= {key for line in lines[0] for key in line}
+
+
+def test_images_are_those_that_the_networks_were_fitted_to(networks: Path) -> None:
+    config = configured(networks, "reader.name=pixel_cnn")
+    part = Part(config, "test", CPU, images=True)
+    [batch] = open_split("builtin:digits", "test", device=CPU, limit=40).batches(batch_size=40)
+    places = torch.tensor([3, 39, 0])
+    sample = part.read(places)
+    assert batch.images is not None
+    torch.testing.assert_close(sample.inputs, pixels(batch.images).mT.unflatten(2, (8, 8))[places])
+    assert torch.equal(sample.labels, batch.labels[places])
+
+
+def test_copies_of_a_signal_are_held_out_together(tmp_path: Path) -> None:
+    out = write_digits(tmp_path / "set", {"train": 20, "test": 4}, copies=2)
+    config = configured(out, "data.holdout=0.25")
+    part = Part(config, "train", CPU, images=False)
+    index, copies = part.set.column("index"), part.set.column("copy")
+    train, val = choose_networks(config, part)
+    assert len(train) == 15 * 3
+    assert len(val) == 5
+    assert not set(index[train].tolist()) & set(index[val].tolist())
+    assert not copies[val].any()
+    one, _ = choose_networks(configured(out, "data.copies=1"), part)
+    assert sorted(copies[one].unique().tolist()) == [0, 1]
+    assert len(one) == 40
+
+
+def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: Path) -> None:
+    part = Part(configured(networks, "data.values=delta"), "train", CPU, images=False)
+    sample = part.read(torch.arange(6))
+    moved = make_augmentation(WeightsAugmentConfig(rotation=20.0), part, seed=1)(sample, 7)
+    torch.testing.assert_close(part.phi(moved.inputs).flat(), moved.phi.flat(), atol=1e-6, rtol=0)
+    phi = part.phi(sample.inputs)
+    assert float((moved.phi.weights[0] - phi.weights[0]).abs().max()) > 0.01
+    assert torch.equal(moved.phi.weights[1], phi.weights[1])
+    again = make_augmentation(WeightsAugmentConfig(rotation=20.0), part, seed=1)(sample, 7)
+    other = make_augmentation(WeightsAugmentConfig(rotation=20.0), part, seed=1)(sample, 8)
+    assert torch.equal(again.inputs.flat(), moved.inputs.flat())
+    assert not torch.equal(other.inputs.flat(), moved.inputs.flat())
+    noisy = make_augmentation(WeightsAugmentConfig(noise=0.5), part, seed=1)(sample, 7)
+    torch.testing.assert_close(noisy.phi.flat(), phi.flat(), atol=1e-6, rtol=0)
+    change = (noisy.inputs.weights[1] - sample.inputs.weights[1]).std((1, 2))
+    torch.testing.assert_close(change, 0.5 * sample.inputs.weights[1].std((1, 2)), rtol=0.1, atol=0)
+    assert make_augmentation(WeightsAugmentConfig(), part, seed=1) is None
+    names = set(vars(WeightsAugmentConfig())) - {"permute"}
+    assert names == set(vars(WeightAugmentation()))
+    assert augment(phi, torch.Generator(), WeightAugmentation()) is not None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.path=/nowhere",), "No set of fitted networks at /nowhere"),
+        (("data.train_split=nosuch",), "has no split 'nosuch'"),
+        (("reader.name=nosuch",), "reader.name is 'nosuch'; there are"),
+        (("reader.name=mlp", "optim.pretrain_epochs=1"), "has no first phase; set optim.pretrain_epochs=0"),
+        (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
+        (("reader.name=pixel_cnn", "augment.noise=1"), "this reader reads images"),
+        (("reader.name=linear", "data.batch_size=129"), "fewer than one batch of 129"),
+        (("reader.name=linear", "data.val_split=test", "data.holdout=0.1"), "set one of them"),
+        (("reader.name=linear", "optim.lrr=1"), "lrr"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_are_sentences(networks: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(configured(networks, *overrides), CPU)
+
+
+def test_networks_of_another_layout_are_refused(networks: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(networks, folder, "--debug", "reader.name=linear") == 0
+    file = next((folder / "checkpoints").glob("step-*")) / "reader.json"
+    content = json.loads(file.read_text())
+    content["layout"]["omegas"][0] = 30.0
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"do not fit the reader: layout \[2, 64, 64, 64, 1\], .*trained .*30.0"):
+        run(networks, folder, "--evaluate")
+    with pytest.raises(InputError, match=r"exists already.*train.weights --resume"):
+        run(networks, folder, "reader.name=linear")
+
+
+def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "set"
+    shutil.copytree(networks, copy)
+    (copy / "statistics.safetensors").unlink()
+    with pytest.raises(InputError, match=r"statistics.safetensors is missing"):
+        build(configured(copy, "reader.name=linear", "reader.input=standardise"), CPU)
+
+
+def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path) -> None:
+    config = configured(networks, "reader.name=linear", f"run.dir={tmp_path / 'run'}", "run.log_every=4")
+    training = build(config, CPU)
+    before = training.reader.logits.weight.clone()
+    training._train_step(torch.arange(64))
+    with torch.no_grad():
+        training.reader.logits.bias[0] = torch.nan
+    after = training.reader.logits.weight.clone()
+    training._train_step(torch.arange(64))
+    assert torch.equal(training.reader.logits.weight, after)
+    assert not torch.equal(before, after)
+    with pytest.raises(TrainingError, match="not finite at step 2"):
+        training._flush()
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "weights").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_makes_a_reader_of_its_size(path: Path, networks: Path) -> None:
+    config = load_config(WeightsConfig, path, [f"data.path={networks}", "run.device=cpu"])
+    text = path.read_text()
+    assert f"--config configs/weights/{path.name}" in text
+    assert all(f"# {what}:" in text for what in ("Data", "Paper", "Time"))
+    assert config.run.dir == f"runs/weights_{path.stem}"
+    assert path.stem in ("digits", config.reader.name)
+    training = build(config, CPU)
+    assert sum(p.numel() for p in training.reader.parameters()) <= 300_000

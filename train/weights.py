@@ -1,0 +1,367 @@
+"""Train a classifier on a set of fitted networks: the second of two stages, without any fitting.
+
+python -m train.weights --config configs/weights/digits.yaml data.path=SET key=value ...
+python -m train.weights --config F.yaml reader.name=mlp           another reader of mwt.readers
+python -m train.weights --list                                    what configs there are
+python -m train.weights --config F.yaml --print-config            the resolved configuration, no training
+python -m train.weights --config F.yaml --debug                   seconds on the CPU, through everything
+python -m train.weights --resume run.dir=runs/NAME                go on where an interrupted run stopped
+python -m train.weights --evaluate run.dir=runs/NAME data.test_split=val
+
+At the end, and with --evaluate, the test split is read with the checkpoint `best`, or `last` where nothing is held out
+to choose it on: RUN/eval/classify.json (of another split or set than the run's: classify_SPLIT.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipes.read import open_split
+from data_pipes.weights import WeightSet, load_weight_set
+from mwt import runtime
+from mwt.checkpoint import check_run_directory
+from mwt.config_files import config_yaml, list_configs, load_config
+from mwt.errors import InputError
+from mwt.evaluation import Classification
+from mwt.metrics import confusion_matrix
+from mwt.observe import grid, pixels
+from mwt.reader_training import Examples, ReaderTraining, Sample, evaluate_reader
+from mwt.readers import Reader, load_reader, make_reader
+from mwt.readers.saved import checkpoint_folder
+from mwt.rng import derived_seed, permutation, uniform
+from mwt.run_directory import open_run_directory
+from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json
+from mwt.symmetry import WeightAugmentation, augment, permute_neurons, random_permutations
+from mwt.tracking import MetricsLog
+from mwt.weight_space import Weights
+from mwt.weights_config import DEBUG, WeightsAugmentConfig, WeightsConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "weights"
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, WeightsConfig]:
+    """Arguments and the resolved configuration."""
+    parser = argparse.ArgumentParser(prog="train.weights", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML file; --list shows those that come with the project")
+    parser.add_argument("--list", action="store_true", help="list the configs and leave")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
+    parser.add_argument("--debug", action="store_true", help="two small steps on the CPU through the whole program")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run.dir")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate the reader in run.dir, train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = list(arguments.overrides)
+    if arguments.debug:
+        own_dir = any(item.startswith("run.dir=") for item in overrides)
+        overrides = [*DEBUG, *([] if own_dir else ["run.dir=runs/debug"]), *overrides]
+    path = arguments.config
+    if (arguments.resume or arguments.evaluate) and path is None:  # the run knows its configuration
+        run = Path(load_config(WeightsConfig, None, overrides).run.dir)
+        check_run_directory(run)
+        path = run / "config.yaml"
+        if arguments.evaluate:
+            overrides = ["run.device=auto", *overrides]
+    return arguments, load_config(WeightsConfig, path, overrides)
+
+
+# ---- what a run is made of ---------------------------------------------------------------------------------------
+
+
+class Part:
+    """A split of the set on the device, as a reader reads it."""
+
+    def __init__(self, config: WeightsConfig, split: str, device: torch.device, *, images: bool) -> None:
+        """Read it.
+
+        Args:
+            images: the reader reads what the networks were fitted to.
+        """
+        self.set: WeightSet = load_weight_set(config.data.path, split, config.data.values).resident(device)
+        self.split, self.device = split, device
+        self.images = self._images(config) if images else None
+
+    def _images(self, config: WeightsConfig) -> Tensor:
+        """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
+        path = config.data.images or str(self.set.manifest.source.get("path", ""))
+        source = open_split(path, self.split, device=self.device, reader="resident")
+        found = []
+        for batch in source.batches(batch_size=1024):
+            if batch.images is None:
+                raise InputError(f"reader.name={config.reader.name} reads images; {path} holds point sets.")
+            found.append(pixels(batch.images).mT.unflatten(2, batch.images.shape[-2:]))
+        images = torch.cat(found)
+        if len(images) <= int(self.set.column("index").max()):
+            raise InputError(
+                f"{path} has {len(images)} images in {self.split!r}, fewer than the networks of {self.set.path} were "
+                "fitted to; name their data set with data.images."
+            )
+        return images
+
+    def read(self, places: Tensor, *, whole: bool = False) -> Sample:
+        """The networks at places of the split; with `whole`, phi beside what is read."""
+        batch = self.set.batch(places)
+        phi = self.phi(batch.weights) if whole else None
+        return Sample(batch.weights if self.images is None else self.images[batch.index], batch.labels, phi)
+
+    def phi(self, weights: Weights) -> Weights:
+        """The whole networks."""
+        if self.set.values == "phi":
+            return weights
+        assert self.set.base is not None, "offsets have a base"
+        return combine(weights, self.set.base, 1)
+
+    def delta(self, phi: Weights) -> Weights:
+        """What the reader reads of whole networks."""
+        if self.set.values == "phi":
+            return phi
+        assert self.set.base is not None, "offsets have a base"
+        return combine(phi, self.set.base, -1)
+
+    def examples(self, places: Tensor, *, name: str, whole: bool = False) -> Examples:
+        """Some networks of the split."""
+        return Examples(name=name, places=places, read=partial(self.read, whole=whole))
+
+
+def combine(x: Weights, y: Weights, sign: int) -> Weights:
+    """x + sign y."""
+    return Weights(*(tuple(a + sign * b for a, b in zip(*parts, strict=True)) for parts in zip(x, y, strict=True)))
+
+
+def choose_networks(config: WeightsConfig, part: Part) -> tuple[Tensor, Tensor]:
+    """Places of the networks to train on, and of those held out: all networks of a signal are on one side."""
+    data, copies, index = config.data, part.set.column("copy").cpu(), part.set.column("index").cpu()
+    most = 0 if part.images is not None else data.copies
+    kept = torch.ones_like(copies, dtype=torch.bool) if most is None else copies <= most
+    signals = index.unique()
+    order = signals[permutation(len(signals), seed=config.run.seed, purpose="holdout")]
+    held = torch.isin(index, order[: round(data.holdout * len(signals))])
+    train, val = (kept & ~held).nonzero().flatten(), ((copies == 0) & held).nonzero().flatten()
+    return train[: data.limit], val[: data.limit]
+
+
+def make_augmentation(options: WeightsAugmentConfig, part: Part, seed: int) -> Any:
+    """The function that changes networks at a step, or None where nothing is on.
+
+    Raises:
+        InputError: something that these networks cannot take.
+    """
+    if not options.any:
+        return None
+    if part.images is not None:
+        raise InputError("augment changes networks; this reader reads images. Leave it out.")
+    if options.permute and part.set.values == "delta":
+        raise InputError("augment.permute is for whole networks; set data.values=phi, or leave it out.")
+    nothing = {"translation": 0.0, "rotation": 0.0, "scaling": 0.0, "noise": 0.0, "dropout": 0.0}
+    given = {name: value for name, value in asdict(options).items() if name != "permute"}
+    disturb = {name: given[name] for name in ("noise", "dropout")}
+    move = WeightAugmentation(**{**given, "noise": 0.0, "dropout": 0.0})
+    change = WeightAugmentation(**{**nothing, **disturb})
+
+    def changed(sample: Sample, step: int) -> Sample:
+        assert isinstance(sample.inputs, Weights)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "augment", step))
+        phi = augment(part.phi(sample.inputs), generator, move)
+        if options.permute:
+            orders = random_permutations(part.set.layout, generator, len(sample.labels))
+            phi = permute_neurons(phi, tuple(order.to(part.device) for order in orders))
+        return Sample(augment(part.delta(phi), generator, change), sample.labels, phi)
+
+    return changed
+
+
+def make_coords(config: WeightsConfig, part: Part) -> Any:
+    """Where the first phase compares fields at a step: the pixels, or random places where there are too many."""
+    signal, most = part.set.manifest.signal, config.optim.pretrain_points
+    if signal.height and signal.width and signal.height * signal.width <= most:
+        all_pixels = grid(signal.height, signal.width, device=part.device)
+        return lambda step: all_pixels
+    dims, positions = part.set.layout.coordinate_dims, torch.arange(most, device=part.device)
+    return lambda step: uniform(positions, dims, seed=config.run.seed, purpose="coords", epoch=step) * 2 - 1
+
+
+def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
+    """Networks, reader, optimizer and schedule, everything at its beginning."""
+    data, images = config.data, config.reader.name == "pixel_cnn"
+    part = Part(config, data.train_split, device, images=images)
+    torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
+    reader = make_reader(config.reader, layout=part.set.layout, classes=len(part.set.classes)).to(device)
+    if config.optim.pretrain_epochs and not reader.pretrains:
+        raise InputError(f"reader.name={config.reader.name} has no first phase; set optim.pretrain_epochs=0.")
+    if reader.standardise is not None:
+        reader.learn_statistics(*part.set.statistics())
+    reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
+    places, held = choose_networks(config, part)
+    monitored = part.examples(held, name="val") if len(held) else None
+    name = data.val_split or ("val" if "val" in part.set.manifest.splits and not data.holdout else None)
+    if name:
+        val = Part(config, name, device, images=images)
+        monitored = val.examples(torch.arange(len(val.set))[: data.limit], name=name)
+    return ReaderTraining(
+        config=config,
+        reader=reader,
+        train=part.examples(places, name=data.train_split, whole=bool(config.optim.pretrain_epochs)),
+        monitored=monitored,
+        classes=part.set.classes,
+        augment=make_augmentation(config.augment, part, config.run.seed),
+        coords=make_coords(config, part) if config.optim.pretrain_epochs else None,
+    )
+
+
+def train(run: ReaderTraining, stop: StopRequested) -> int:
+    """Train to the end, or until stopped, under a progress bar. Returns the exit status."""
+    size = run.config.data.batch_size
+    with tqdm(
+        total=run.total_steps * size, initial=run.step * size, unit="network", unit_scale=True, dynamic_ncols=True,
+        smoothing=0.05, mininterval=0.5,
+    ) as bar:  # fmt: skip
+
+        def on_step(numbers: dict[str, float] | None) -> None:
+            bar.update(size)
+            if numbers:
+                shown = {key: f"{numbers[key]:.3f}" for key in numbers if key.endswith("loss") or key == "accuracy"}
+                bar.set_postfix(shown)
+
+        finished = run.run(stop, on_step)
+    if finished:
+        return 0
+    print(
+        f"\nStopped at step {run.step} of {run.total_steps}; saved. Go on with:\n"
+        f"    python -m train.weights --resume run.dir={run.directory}",
+        file=sys.stderr,
+    )
+    return stop.exit_status
+
+
+# ---- what came of it ---------------------------------------------------------------------------------------------
+
+
+def check_fits(reader: Reader, networks: WeightSet) -> None:
+    """Refuse networks that the reader was not trained for.
+
+    Raises:
+        InputError: another layout, other classes, or weights where offsets were read.
+    """
+    for what, theirs, ours in (
+        ("layout", f"{networks.layout}, omegas {networks.layout.omegas}",
+         f"{reader.layout}, omegas {reader.layout.omegas}"),
+        ("values", networks.values, reader.facts["values"]),
+        ("classes", list(networks.classes), reader.facts["classes"]),
+    ):  # fmt: skip
+        if theirs != ours:
+            raise InputError(f"The networks of {networks.path} do not fit the reader: {what} {theirs}, trained {ours}.")
+
+
+def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig) -> dict[str, Any]:
+    """Read the test split with the best checkpoint, and write what came of it.
+
+    Args:
+        trained: the configuration of the run; `config` may name another split or set.
+    """
+    run = Path(config.run.dir)
+    folder = checkpoint_folder(run)
+    reader = load_reader(folder, device)
+    config = replace(config, reader=reader.config, data=replace(config.data, values=reader.facts["values"]))
+    part = Part(config, config.data.test_split, device, images=reader.reads_images)
+    check_fits(reader, part.set)
+    places = torch.arange(len(part.set))[: config.data.limit]
+    began = time.perf_counter()
+    result = evaluate_reader(
+        reader, part.examples(places, name=config.data.test_split), part.set.classes,
+        batch_size=config.run.eval_batch_size, precision=config.run.precision,
+    )  # fmt: skip
+    seconds = time.perf_counter() - began
+    document = {
+        **result.summary(), "per_class": result.per_class(), "split": config.data.test_split,
+        "reader": reader.config.name, "parameters": sum(p.numel() for p in reader.parameters()),
+        "seconds": seconds, "networks_per_second": len(places) / seconds, "data": config.data.path,
+        "values": reader.facts["values"], "step": int(folder.name.rpartition("-")[2]), "classes": list(result.classes),
+        "confusion": confusion(result), "precision": config.run.precision, "device": str(device),
+    }  # fmt: skip
+    differs = config.data.test_split != trained.data.test_split or config.data.path != trained.data.path
+    name = f"classify_{config.data.test_split}.json" if differs else "classify.json"
+    (run / "eval").mkdir(exist_ok=True)
+    write_json(run / "eval" / name, document)
+    return {**document, "file": str(run / "eval" / name)}
+
+
+def confusion(result: Classification) -> list[list[int]]:
+    """Counts; rows are true classes, columns predicted ones."""
+    return confusion_matrix(result.predicted, result.labels, len(result.classes)).tolist()
+
+
+def describe(run: ReaderTraining) -> None:
+    """What is about to happen, in a few lines."""
+    config, reader = run.config, run.reader
+    held = f"{len(run.monitored)} in {run.monitored.name!r} to choose `best` on" if run.monitored else "none held out"
+    print(f"data      {config.data.path}: {len(run.train)} networks {reader.layout} in {run.train.name!r}, {held}")
+    print(f"reader    {config.reader.name}: {sum(p.numel() for p in reader.parameters()):,} parameters, reads "
+          f"{'images' if reader.reads_images else reader.facts['values']}, input {config.reader.input}")  # fmt: skip
+    first = f"{config.optim.pretrain_epochs} epochs on the fields, then " if config.optim.pretrain_epochs else ""
+    print(f"training  {first}{config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size}")
+    print(f"run       {run.directory}" + (f", going on at step {run.step}" if run.step else ""), flush=True)
+
+
+def show(document: dict[str, Any]) -> None:
+    """The numbers as a table for people."""
+    width = max(5, *(len(name) for name in document["classes"]))
+    print(f"\n{'class':<{width}} {'count':>7} {'accuracy':>9} {'precision':>10}")
+    for name, row in document["per_class"].items():
+        numbers = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("accuracy", "precision")]
+        print(f"{name:<{width}} {row['count']:>7} {numbers[0]:>9} {numbers[1]:>10}")
+    print(
+        f"\n{document['reader']} on {document['split']!r}: accuracy {document['accuracy']:.2%}, calibration error "
+        f"{document['ece']:.4f}, {document['count']} networks, {document['parameters']:,} parameters (step "
+        f"{document['step']})\nWritten: {document['file']}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; see the module's text. Returns the exit status."""
+    arguments, config = parse(argv)
+    if arguments.list:
+        for name, summary in list_configs(CONFIGS):
+            print(f"{name:<16} {summary}")
+        return 0
+    if arguments.print_config:
+        print(config_yaml(config), end="")
+        return 0
+
+    keep_freed_memory()
+    device = runtime.choose_device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    if arguments.evaluate:
+        stored = load_config(WeightsConfig, Path(config.run.dir) / "config.yaml")
+        show(evaluate(config, device, stored))
+        return 0
+    run = build(config, device)
+    open_run_directory(
+        config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug, program="train.weights"
+    )
+    with closing(MetricsLog(run.directory / "metrics.jsonl")) as log, StopRequested() as stop:
+        run.log = log
+        if arguments.resume:
+            run.restore()
+        describe(run)
+        status = train(run, stop)
+    if status == 0:
+        show(evaluate(config, device, config))
+    return status
+
+
+if __name__ == "__main__":
+    run_program(main)
