@@ -1,7 +1,8 @@
 """A grid's YAML file: scales, stages, rows, columns and plots. `mwt.grid` makes jobs of it.
 
-In words and overrides, `{name}` stands for: `config` (the scale's), `here` (the folder of the grid's file), `seed`, `value` (of a sweep), an axis of a
-`product`, a key of `with`, `dir` (the job's own run directory), or the name of an earlier stage (its run directory).
+In words and overrides, `{name}` stands for: `config` (the scale's), `here` (the folder of the grid's file), `seed`,
+`value` (of a sweep), an axis of a `product`, a key of `with`, `dir` (the job's own run directory), or the name of an
+earlier stage (its run directory).
 """
 
 from __future__ import annotations

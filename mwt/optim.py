@@ -17,12 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from mwt.config import OptimConfig
 from mwt.model import MetaWeightTransformer
-<<<<<<< HEAD
 from mwt.muon import Muon
 from mwt.muon_groups import Split, split_parameters
-=======
 from mwt.weights_config import WeightsOptimConfig
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 
 
 def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.optim.Optimizer:
@@ -38,7 +35,6 @@ def make_optimizer(model: MetaWeightTransformer, config: OptimConfig) -> torch.o
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
-<<<<<<< HEAD
 def _make_muon(model: MetaWeightTransformer, config: OptimConfig, rates: dict[str, float]) -> Muon:
     split = split_parameters(model)
     adam, muon = [], []
@@ -50,12 +46,9 @@ def _make_muon(model: MetaWeightTransformer, config: OptimConfig, rates: dict[st
     return Muon([{**group, "weight_decay": config.weight_decay} for group in adam + muon])
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, *, total_steps: int) -> LRScheduler:
-=======
 def make_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig | WeightsOptimConfig, *, total_steps: int
 ) -> LRScheduler:
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
     """The schedule over `total_steps` optimizer steps; call its `step` after each."""
     if config.schedule != "onecycle":
         rise = round(config.warmup * total_steps)
@@ -66,7 +59,7 @@ def make_schedule(
     warmup = config.warmup
     if warmup * total_steps == 1:  # OneCycleLR would divide by the zero steps of such a rise
         warmup = 1.5 / total_steps
-    cycles = config.name != "muon"  # Muon's momentum stays, and with it that of the AdamW beside it
+    cycles = not isinstance(optimizer, Muon)  # Muon's momentum stays, and with it that of the AdamW beside it
     return OneCycleLR(optimizer, max_lr=rates, total_steps=total_steps, pct_start=warmup, cycle_momentum=cycles)
 
 

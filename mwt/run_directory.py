@@ -72,7 +72,6 @@ def open_run_directory(
         return
     if debug and (run / ".debug").is_file():
         shutil.rmtree(run)
-    program = "classify" if isinstance(config, ClassifyConfig) else "weights"
     if run.exists() and (not run.is_dir() or not all(path.name.startswith(BEGINNING) for path in run.iterdir())):
         raise InputError(
             f"The run directory {run} exists already. Choose another run.dir, remove it, or continue it with "

@@ -8,12 +8,9 @@ from mwt.readers.dws import DWSReader
 from mwt.readers.inr2array import Inr2ArrayReader
 from mwt.readers.inr2vec import Inr2VecReader
 from mwt.readers.interface import Reader, Standardise
-<<<<<<< HEAD
-=======
 from mwt.readers.knn import KNNReader
 from mwt.readers.linear import LinearReader
 from mwt.readers.mlp import MLPReader
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 from mwt.readers.nfn import HNPReader, NPReader
 from mwt.readers.ng_gnn import NgGnnReader
 from mwt.readers.ng_t import NgTReader
@@ -25,11 +22,6 @@ from mwt.weight_space import Layout
 
 READERS: dict[str, type[Reader]] = {
     "transformer": TransformerReader,
-<<<<<<< HEAD
-    "dws": DWSReader,
-    "nfn_np": NPReader,
-    "nfn_hnp": HNPReader,
-=======
     "wt": TransformerReader,  # the paper's name of it, where it learns from networks that are fitted already
     "linear": LinearReader,
     "mlp": MLPReader,
@@ -37,17 +29,13 @@ READERS: dict[str, type[Reader]] = {
     "inr2vec": Inr2VecReader,
     "inr2array": Inr2ArrayReader,
     "pixel_cnn": PixelCNN,
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
     "ng_gnn": NgGnnReader,
     "ng_t": NgTReader,
     "scalegmn": ScaleGmnReader,
     "scalegmn_b": ScaleGmnBReader,
-<<<<<<< HEAD
-=======
     "dws": DWSReader,
     "nfn_np": NPReader,
     "nfn_hnp": HNPReader,
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 }
 
 

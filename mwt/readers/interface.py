@@ -9,14 +9,9 @@ class MyReader(Reader):
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from dataclasses import dataclass
-=======
 import json
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass
 from pathlib import Path
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
 from typing import Any
 
 import torch
@@ -132,8 +127,6 @@ class Reader(nn.Module):
     def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of networks, or of their offsets."""
         raise NotImplementedError
-<<<<<<< HEAD
-=======
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the reader into a folder, for `mwt.readers.load_reader`."""
@@ -144,25 +137,3 @@ class Reader(nn.Module):
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / TENSORS_FILE)
-
-
-def read_options(config: ReaderConfig, schema: type) -> Any:
-    """`reader.options` as the reader's own dataclass.
-
-    Raises:
-        InputError: an option that the reader does not have (with a suggestion), or one of the wrong type.
-    """
-    known = {field.name: field for field in fields(schema)}
-    for key, value in config.options.items():
-        if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise InputError(
-                f"reader.options.{key}: the reader {config.name} has no such option; it has "
-                f"{', '.join(known) or 'none'}.{hint}"
-            )
-        kind = type(known[key].default)
-        if not isinstance(value, kind) and not (kind is float and isinstance(value, int)):
-            raise InputError(f"reader.options.{key} is {value!r}; it must be of type {kind.__name__}.")
-    return schema(**config.options)
->>>>>>> 0d8175e4cee86982f7d98d912000faf1244984cb
