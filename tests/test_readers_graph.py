@@ -161,6 +161,7 @@ def test_invariant_to_order_and_signs_of_hidden_neurons_and_to_nothing_else(name
 OTHER_OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("ng_gnn", {"reversed_edges": False}),
     ("ng_gnn", {"probes": 6}),
+    ("ng_gnn", {"readout": "full", "layers": 1}),
     ("ng_t", {"reversed_edges": True, "probes": 3}),
     ("scalegmn", {"readout": "full", "plain_ends": True}),
     ("scalegmn", {"symmetrise": False, "skip": False, "edge_positions": False, "extra_positions": True}),
@@ -195,7 +196,7 @@ def graph_layers() -> dict[str, Callable[[Graph], Graph]]:
     layout = layout_of(2, 4, 3, 1)
     no_edge = torch.randn(6, dtype=torch.float64)
     transformer = RelationalLayer(
-        NgTReader.Options(node_width=6, edge_width=6, attention_width=8, heads=2, dropout=0.0), last=False
+        NgTReader.Options(node_width=6, edge_width=6, attention_width=8, heads=2, dropout=0.0), left=2
     ).double()
     scale = ScaleGmnBReader.Options(width=6, mlp_width=5)
     layer = ScaleGmnLayer(layout, scale, backward=True, last=False).double().eval()
@@ -334,7 +335,30 @@ def test_the_transformers_edge_update_against_loops_over_edges() -> None:
         hidden = update.both(torch.cat([e, edges[j, i]])) + update.source(nodes[i]) + update.target(nodes[j])
         e = update.norms[0](e + update.first(hidden))
         after[i, j] = update.norms[1](e + update.second(e))
-    check_graph(update(graph), nodes, after)
+    no_edge = torch.randn(5, dtype=torch.float64)
+    check_graph(update(graph, no_edge), nodes, after)
+    alike = graph._replace(backward=tuple(no_edge.expand_as(e) for e in graph.forward))
+    for found, expected in zip(update(graph._replace(backward=()), no_edge), update(alike, no_edge), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            check_same(a, b)
+
+
+@pytest.mark.parametrize("reversed_edges", [False, True])
+def test_the_transformer_leaves_out_only_what_is_not_read(reversed_edges: bool) -> None:
+    layout = layout_of(2, 4, 3, 2)
+    reader = build("ng_t", layout, options={"layers": 3, "reversed_edges": reversed_edges})
+    assert isinstance(reader, NgTReader)
+    weights, no_edge = random_weights(layout), reader.graph.no_edge()
+    graph = reader.graph(weights, weights)
+    if not reversed_edges:
+        graph = graph._replace(backward=tuple(no_edge.expand_as(e) for e in graph.forward))
+    for layer in reader.layers:
+        received = layer.attention(graph, no_edge)
+        nodes = [layer.norms[0](x + layer.mix(r)) for x, r in zip(graph.nodes, received, strict=True)]
+        graph = graph._replace(nodes=tuple(layer.norms[1](x + layer.mlp(x)) for x in nodes))
+        if layer.edges is not None:
+            graph = layer.edges(graph, no_edge)
+    check_same(reader(weights), reader.readout(graph.nodes[-1].flatten(1)))
 
 
 def plain_mlp(mlp: Mlp, *parts: Tensor) -> Tensor:
@@ -389,6 +413,21 @@ def test_a_scalegmn_layer_against_loops_over_nodes_and_edges(options: dict[str, 
             ends = [invariant(layer.invariant, nodes[k]) for k in (j, i)]
             new_edges[j, i] = (layer.edge.weight @ e) * plain_mlp(layer.ends, *ends)
     check_graph(found, after, new_edges)
+
+
+def test_edges_are_encoded_as_the_two_maps_in_turn_would() -> None:
+    layout = layout_of(2, 4, 3, 1)
+    for reversed_edges in (False, True):
+        graph = build("ng_gnn", layout, options={"reversed_edges": reversed_edges}).graph
+        weights = random_weights(layout)
+        found = graph(weights, weights)  # type: ignore[operator]
+        for w, ahead, behind in zip(weights.weights, found.forward, found.backward or found.forward, strict=True):
+            nought = torch.zeros_like(w)
+            triple = torch.stack([w, nought, w] if reversed_edges else [w], dim=-1)
+            check_same(ahead, graph.edge(graph.encode_weight(triple)))  # type: ignore[operator, union-attr]
+            if reversed_edges:
+                turned = torch.stack([nought, w, w], dim=-1)
+                check_same(behind, graph.edge(graph.encode_weight(turned)))  # type: ignore[operator, union-attr]
 
 
 def test_gaussian_encoding_against_numpy() -> None:

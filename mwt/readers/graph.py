@@ -74,8 +74,17 @@ class GaussianEncoding(nn.Module):
     def forward(self, x: Float[Tensor, "*shape features"]) -> Float[Tensor, "*shape encoded"]:
         """The encoding of x; always in full precision, for half precision has too few digits for many turns."""
         with torch.autocast(x.device.type, enabled=False):
-            angle = 2 * pi * F.linear(x, self.frequencies)
-            return torch.cat([angle.cos(), angle.sin()], dim=-1)
+            return self._waves(F.linear(x, self.frequencies))
+
+    def along(self, x: Float[Tensor, "*shape"], direction: tuple[float, ...]) -> Float[Tensor, "*shape encoded"]:
+        """The encoding of x times a fixed vector of features."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._waves(x[..., None] * (self.frequencies @ self.frequencies.new_tensor(direction)))
+
+    @staticmethod
+    def _waves(turns: Tensor) -> Tensor:
+        angle = 2 * pi * turns
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class Positions(nn.Module):
@@ -173,15 +182,13 @@ class NeuralGraph(nn.Module):
         if self.probes is not None:
             nodes = [node + probe for node, probe in zip(nodes, self.probes(raw), strict=True)]
         placed = tuple(self.node(node) + place for node, place in zip(nodes, self.positions(), strict=True))
-        backward: tuple[Tensor, ...] = ()
-        if self.reversed_edges:
-            nought = [torch.zeros_like(w) for w in weights.weights]
-            triples = zip(weights.weights, nought, strict=True)
-            forward = [torch.stack([w, zero, w], dim=-1) for w, zero in triples]
-            backward = tuple(self._edges(x[..., [1, 0, 2]]) for x in forward)
-        else:
-            forward = [w[..., None] for w in weights.weights]
-        return Graph(placed, tuple(self._edges(x) for x in forward), backward)
+        ways = ((1.0, 0.0, 1.0), (0.0, 1.0, 1.0)) if self.reversed_edges else ((1.0,),)
+        edges = [tuple(self._edges(w, way) for w in weights.weights) for way in ways]
+        return Graph(placed, edges[0], edges[1] if self.reversed_edges else ())
 
-    def _edges(self, features: Float[Tensor, "B out in f"]) -> Float[Tensor, "B out in e"]:
-        return self.edge(self.encode_weight(features))
+    def _edges(self, weight: Float[Tensor, "B out in"], way: tuple[float, ...]) -> Float[Tensor, "B out in e"]:
+        """Features of edges, the two linear maps as one: there are many more edges than the maps have entries."""
+        encoding, first = self.encode_weight
+        assert isinstance(encoding, GaussianEncoding), "the first of the two"
+        bias = F.linear(first.bias, self.edge.weight, self.edge.bias)  # type: ignore[arg-type]
+        return F.linear(encoding.along(weight, way), self.edge.weight @ first.weight, bias)

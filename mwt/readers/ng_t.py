@@ -47,13 +47,16 @@ class RelationalAttention(nn.Module):
         self.edge = linear(edge_width, 4 * width, bias=False)
         self.out = linear(width, node_width)
 
-    def forward(self, graph: Graph, no_edge: Float[Tensor, " e"]) -> list[Float[Tensor, "B _ d"]]:
-        """What the nodes of each layer receive."""
+    def forward(
+        self, graph: Graph, no_edge: Float[Tensor, " e"], *, only_outputs: bool = False
+    ) -> list[Float[Tensor, "B _ d"]]:
+        """What the nodes of each layer receive, or those of the last one alone. Without `graph.backward` pairs that a
+        weight joins the other way are as those that none joins."""
         plain_q, plain_k, plain_s, plain_t = self.edge(no_edge).chunk(4)
         nodes = [self.node(x).chunk(3, dim=-1) for x in graph.nodes]
         plain = [(self._heads(k + plain_k), self._heads(v * plain_s + plain_t)) for _, k, v in nodes]
         received = []
-        for i, (query, _, _) in enumerate(nodes):
+        for i, (query, _, _) in list(enumerate(nodes))[-1 if only_outputs else 0 :]:
             plain_query = self._heads(query + plain_q)
             edges = self._edges_from(graph, i)
             logits = [
@@ -77,7 +80,7 @@ class RelationalAttention(nn.Module):
         edges = {}
         if i < len(graph.forward):
             edges[i + 1] = graph.forward[i].transpose(1, 2)
-        if i > 0:
+        if i > 0 and graph.backward:
             edges[i - 1] = graph.backward[i - 1]
         return edges
 
@@ -109,12 +112,17 @@ class EdgeUpdate(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(edge_width) for _ in range(2))
 
-    def forward(self, graph: Graph) -> Graph:
-        """The same nodes, with new edges."""
+    def forward(self, graph: Graph, no_edge: Float[Tensor, " e"], *, only_last: bool = False) -> Graph:
+        """The same nodes, with new edges; or with those of the last matrix alone, and the others as they were."""
+        if only_last:
+            new = self(Graph(graph.nodes[-2:], graph.forward[-1:], graph.backward[-1:]), no_edge)
+            before = graph.backward[:-1] or [no_edge.expand_as(e) for e in graph.forward[:-1]]
+            return Graph(graph.nodes, (*graph.forward[:-1], *new.forward), (*before, *new.backward))
         own, other = self.both.weight.chunk(2, dim=1)
         source, target = [self.source(x) for x in graph.nodes], [self.target(x) for x in graph.nodes]
         forward, backward = [], []
-        for i, (e, reverse) in enumerate(zip(graph.forward, graph.backward, strict=True)):
+        reverses = graph.backward or [no_edge] * len(graph.forward)
+        for i, (e, reverse) in enumerate(zip(graph.forward, reverses, strict=True)):
             ahead = source[i][:, None] + target[i + 1][:, :, None]
             forward.append(self._update(e, F.linear(e, own, self.both.bias) + F.linear(reverse, other) + ahead))
             behind = source[i + 1][:, :, None] + target[i][:, None]
@@ -127,10 +135,15 @@ class EdgeUpdate(nn.Module):
 
 
 class RelationalLayer(nn.Module):
-    """Attention and an MLP for the nodes, each residual with the norm after; then, but for the last, the edges."""
+    """Attention and an MLP for the nodes, each residual with the norm after; then, but for the last, the edges.
 
-    def __init__(self, options: NgTReader.Options, *, last: bool) -> None:
+    Only what is read of it is computed: of the last layer (`left` 0) the output nodes, of the one before (`left` 1) of
+    all edges those of the last matrix.
+    """
+
+    def __init__(self, options: NgTReader.Options, *, left: int) -> None:
         super().__init__()
+        self.left = left
         node, edge, dropout = options.node_width, options.edge_width, options.dropout
         self.attention = RelationalAttention(node, edge, options.attention_width, options.heads)
         self.mix = linear(node, node)
@@ -139,17 +152,18 @@ class RelationalLayer(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(node) for _ in range(2))
         self.dropout = dropout
-        self.edges = None if last else EdgeUpdate(node, edge, 2 * edge, dropout)
+        self.edges = None if left == 0 else EdgeUpdate(node, edge, 2 * edge, dropout)
 
     def forward(self, graph: Graph, no_edge: Float[Tensor, " e"]) -> Graph:
-        """The graph after one layer."""
-        nodes = []
-        for x, received in zip(graph.nodes, self.attention(graph, no_edge), strict=True):
+        """The graph after one layer; after the last one no more than the output nodes."""
+        nodes, last = [], self.edges is None
+        read = graph.nodes[-1:] if last else graph.nodes
+        for x, received in zip(read, self.attention(graph, no_edge, only_outputs=last), strict=True):
             x = self.norms[0](x + F.dropout(self.mix(received), self.dropout, self.training))
             nodes.append(self.norms[1](x + self.mlp(x)))
         if self.edges is None:
             return Graph(tuple(nodes), (), ())
-        return self.edges(Graph(tuple(nodes), graph.forward, graph.backward))
+        return self.edges(graph._replace(nodes=tuple(nodes)), no_edge, only_last=self.left == 1)
 
 
 class NgTReader(Reader):
@@ -204,7 +218,7 @@ class NgTReader(Reader):
             probes=options.probes,
         )
         self.layers = nn.ModuleList(
-            RelationalLayer(options, last=i == options.layers - 1) for i in range(options.layers)
+            RelationalLayer(options, left=options.layers - 1 - i) for i in range(options.layers)
         )
         self.readout = nn.Sequential(
             nn.Linear(layout.channels * options.node_width, options.readout_width),
@@ -216,13 +230,7 @@ class NgTReader(Reader):
         """Class logits of a batch of networks, or of their offsets."""
         run = partial(in_parts, layout=self.layout, recompute=self.checkpoint)
         no_edge = self.graph.no_edge()
-        graph = run(lambda raw: self._graph(raw, no_edge), weights, random=False)
+        graph = run(lambda raw: self.graph(self.inputs(raw), raw), weights, random=False)
         for layer in self.layers:
             graph = run(partial(layer, no_edge=no_edge), graph, random=self.training and self.options.dropout > 0)
         return self.readout(graph.nodes[-1].flatten(1))
-
-    def _graph(self, raw: Weights, no_edge: Float[Tensor, " e"]) -> Graph:
-        graph = self.graph(self.inputs(raw), raw)
-        if graph.backward:
-            return graph
-        return graph._replace(backward=tuple(no_edge.expand_as(e) for e in graph.forward))
