@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
-from mwt.readers.interface import Reader
+from mwt.readers.interface import Reader, pooled_standardiser
 from mwt.weight_space import Layout, Weights
 
 
@@ -193,6 +193,9 @@ class DWSReader(Reader):
         """max or mean."""
         batch_norm: bool = True
         dropout: float = 0.0
+        standardise_pooled: bool = False
+        """Whether what is pooled is standardised over the networks of a batch before the linear map: of networks that began
+        alike most of it is what all have in common. Not in the release."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__(config, layout=layout, classes=classes)
@@ -225,7 +228,8 @@ class DWSReader(Reader):
             BatchNorms(where, options.hidden) if options.batch_norm else nn.Identity() for _ in range(options.n_hidden)
         )
         self.dropout = nn.Dropout(options.dropout)
-        self.logits = nn.Linear(options.hidden * sum(place.folded for place in where), classes)
+        ends = options.hidden * sum(place.folded for place in where)
+        self.logits = nn.Sequential(pooled_standardiser(ends, options.standardise_pooled), nn.Linear(ends, classes))
 
     def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
         """Class logits of a batch of networks, or of their offsets."""

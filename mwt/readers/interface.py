@@ -81,6 +81,11 @@ class Standardise(nn.Module):
         )
 
 
+def pooled_standardiser(features: int, on: bool) -> nn.Module:
+    """Standardises [B, features] over the networks of a batch, in evaluation as the running mean says; or nothing."""
+    return nn.BatchNorm1d(features, affine=False) if on else nn.Identity()
+
+
 class Reader(nn.Module):
     """A weight-space classifier: `forward(weights)` gives the logits [B, K] of B networks of one layout."""
 

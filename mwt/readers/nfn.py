@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
-from mwt.readers.interface import Reader
+from mwt.readers.interface import Reader, pooled_standardiser
 from mwt.weight_space import Layout, Weights
 
 Shapes = list[tuple[int, int]]
@@ -267,6 +267,9 @@ class NFNReader(Reader):
         """Standard deviation of the frequencies."""
         io_encoding: bool = False
         """Whether features say of which layer, input and output they are."""
+        standardise_pooled: bool = False
+        """Whether what is pooled is standardised over the networks of a batch before the MLP: of networks that began
+        alike most of it is what all have in common. Not in the release."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__(config, layout=layout, classes=classes)
@@ -288,6 +291,7 @@ class NFNReader(Reader):
         self.layers = nn.ModuleList(self.LINEAR(layout.shapes, *pair) for pair in pairwise(sizes))
         width = options.head or layout.hidden[0]
         self.head = nn.Sequential(
+            pooled_standardiser(options.channels * self.pooled(layout), options.standardise_pooled),
             nn.Linear(options.channels * self.pooled(layout), width),
             nn.ReLU(),
             nn.Dropout(options.dropout),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.readers.graph import Graph, NeuralGraph, in_parts
-from mwt.readers.interface import Reader
+from mwt.readers.interface import Reader, pooled_standardiser
 from mwt.weight_space import Layout, Weights
 
 LEAST_VARIANCE = 1e-5
@@ -151,6 +151,9 @@ class NgGnnReader(Reader):
         """output: an MLP of the output nodes. full: of the inputs, the outputs and the mean of each hidden layer. auto:
         full where all networks have the same output layer, else output."""
         dropout: float = 0.2
+        standardise_pooled: bool = False
+        """Whether what is pooled is standardised over the networks of a batch before the MLP: of networks that began
+        alike most of it is what all have in common. Not in the release."""
 
         def __post_init__(self) -> None:
             if self.readout not in ("auto", "output", "full"):
@@ -182,6 +185,7 @@ class NgGnnReader(Reader):
         self.full = options.readout == "full" or (options.readout == "auto" and layout.shared_output)
         read = layout.channels + (layout.coordinate_dims + len(layout.hidden) if self.full else 0)
         self.readout = nn.Sequential(
+            pooled_standardiser(read * width, options.standardise_pooled),
             nn.Linear(read * width, width),
             nn.ReLU(),
             nn.Linear(width, width),

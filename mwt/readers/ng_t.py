@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.readers.graph import Graph, NeuralGraph, in_parts
-from mwt.readers.interface import Reader
+from mwt.readers.interface import Reader, pooled_standardiser
 from mwt.weight_space import Layout, Weights
 
 
@@ -198,6 +198,9 @@ class NgTReader(Reader):
         probes: int = 0
         """As of `NgGnnReader`."""
         dropout: float = 0.2
+        standardise_pooled: bool = False
+        """Whether the output nodes are standardised over the networks of a batch before the MLP: of networks that began
+        alike most of them is what all have in common. Not in the release."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__(config, layout=layout, classes=classes)
@@ -221,6 +224,7 @@ class NgTReader(Reader):
             RelationalLayer(options, left=options.layers - 1 - i) for i in range(options.layers)
         )
         self.readout = nn.Sequential(
+            pooled_standardiser(layout.channels * options.node_width, options.standardise_pooled),
             nn.Linear(layout.channels * options.node_width, options.readout_width),
             nn.ReLU(),
             nn.Linear(options.readout_width, classes),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
 from mwt.readers.graph import Graph, Positions, in_parts
-from mwt.readers.interface import Reader
+from mwt.readers.interface import Reader, pooled_standardiser
 from mwt.weight_space import Layout, Weights
 
 Place = Literal["input", "hidden", "output"]
@@ -196,6 +196,9 @@ class ScaleGmnReader(Reader):
         extra_positions: bool = False
         """The learned positions also join the invariants in messages and updates."""
         dropout: float = 0.2
+        standardise_pooled: bool = False
+        """Whether what is pooled is standardised over the networks of a batch before the MLP: of networks that began
+        alike most of it is what all have in common. Not in the release."""
 
         def __post_init__(self) -> None:
             if self.readout not in ("auto", "output", "full"):
@@ -238,6 +241,7 @@ class ScaleGmnReader(Reader):
             sizes = (layout.coordinate_dims, layout.channels)
             self.project = nn.ModuleList(nn.Linear(size * width, width) for size in sizes)
             ends = 2 * width
+        self.standardise_pooled = pooled_standardiser(ends, options.standardise_pooled)
         self.readout = Mlp(ends, hidden, self.classes)
 
     def learn_statistics(self, mean: Weights, std: Weights) -> None:
@@ -273,10 +277,12 @@ class ScaleGmnReader(Reader):
         first, last = nodes[0].flatten(1), nodes[-1].flatten(1)
         if self.full:
             hidden = [self.summand(self.invariant(x)).sum(1) for x in nodes[1:-1]]
-            return self.readout(torch.cat([sum(hidden[1:], start=hidden[0]), first, last], dim=-1))
-        if self.project is not None:
-            return self.readout(torch.cat([self.project[1](last), self.project[0](first)], dim=-1))
-        return self.readout(last)
+            pooled = torch.cat([sum(hidden[1:], start=hidden[0]), first, last], dim=-1)
+        elif self.project is not None:
+            pooled = torch.cat([self.project[1](last), self.project[0](first)], dim=-1)
+        else:
+            pooled = last
+        return self.readout(self.standardise_pooled(pooled))
 
 
 class ScaleGmnBReader(ScaleGmnReader):
