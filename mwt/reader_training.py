@@ -141,7 +141,8 @@ class ReaderTraining:
         rate = optim.pretrain_lr if first and optim.pretrain_lr else optim.lr
         steps = self.pretrain_steps if first else self.total_steps - self.pretrain_steps
         parameters = [p for p in self.reader.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(0))]
-        self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=optim.weight_decay, fused=True)
+        groups = [{"params": parameters, "name": "reader"}]
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=optim.weight_decay, fused=True)
         self.schedule = make_schedule(self.optimizer, optim, total_steps=max(1, steps))
 
     def run(self, stop: StopRequested, on_step: Callable[[dict[str, float] | None], None]) -> bool:
