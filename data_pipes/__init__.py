@@ -9,13 +9,15 @@ if TYPE_CHECKING:
     from data_pipes.decode import load_image
     from data_pipes.read import Split, open_split
     from data_pipes.schema import DatasetInfo, list_builtin, read_info
+    from data_pipes.weights import load_weight_set
 
-__all__ = ["DatasetInfo", "Split", "list_builtin", "load_image", "open_split", "read_info"]
+__all__ = ["DatasetInfo", "Split", "list_builtin", "load_image", "load_weight_set", "open_split", "read_info"]
 
 _HOME = {
     "data_pipes.decode": ("load_image",),
     "data_pipes.read": ("Split", "open_split"),
     "data_pipes.schema": ("DatasetInfo", "list_builtin", "read_info"),
+    "data_pipes.weights": ("load_weight_set",),
 }
 
 

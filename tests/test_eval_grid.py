@@ -510,6 +510,7 @@ SIZES = {
     "table7": (32, 25, (41.85, 43.12)),
     "table8": (5, 1, None),
     "figure3": (4, 4, None),
+    "fashion_mnist": (2, 2, None),
 }
 # Typed from the paper: grid, group, row, settings, accuracy, PSNR.
 TYPED = [
@@ -577,10 +578,16 @@ def test_every_row_is_accepted_by_the_program_and_equal_ones_are_one(name: str, 
         if job.id not in seen:
             seen[job.id] = settings(cell)
             assert seen[job.id].run.dir == f"JOBS/{job.id}"
-            paper = ("data/cifar10", "data/cifar10_trainval", "data/imagenette", "data/modelnet40")
+            paper = (
+                "data/cifar10",
+                "data/cifar10_trainval",
+                "data/imagenette",
+                "data/modelnet40",
+                "data/fashion_mnist",
+            )
             assert seen[job.id].data.path in (("data/fashion_mnist",) if scale == "tiny" else paper)
     if scale == "tiny":
-        assert {config.data.limit for config in seen.values()} <= {7000, 20000}
+        assert {config.data.limit for config in seen.values()} <= {7000, 20000, None}
         assert max(config.siren.hidden for config in seen.values()) <= 64
 
 

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,10 +50,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / f"PICTURES/{name}/{i}.png")
     Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "IMAGE.png")
     Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "digit.png")
+    (folder / "photos").mkdir()
+    for name in ("photo.png", "photos/a.png", "photos/b.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / name)
     return folder
 
 
-EVAL = ("classify", "predict", "reconstruct", "report", "grid")
+EVAL = ("classify", "predict", "reconstruct", "report", "export", "grid")
+TRAIN = ("classify", "weights", "fit_set", "fit")
 
 
 def adapt(words: list[str]) -> list[str]:
@@ -61,6 +66,10 @@ def adapt(words: list[str]) -> list[str]:
     if module == "train.classify" and not {"--list", "--print-config", "--resume"} & set(arguments):
         arguments += [] if "--debug" in arguments else ["--debug"]
         arguments += ["data.path=builtin:digits"]
+    if module in ("train.weights", "train.fit_set", "train.fit") and "--list" not in arguments:
+        arguments += ["--debug"]
+        if module == "train.fit":
+            arguments += ["run.dir=runs/fit/" + ("many" if any("*" in word for word in arguments) else "image")]
     if module == "data_pipes.prepare" and arguments[0] in IDX_SOURCES:
         arguments = [*(word for word in arguments if "datasets" not in word and word != "--src"), "--src", "idx"]
     if module == "eval.grid":
@@ -77,7 +86,7 @@ def run_here(words: list[str]) -> int:
 
 def test_the_readme_has_commands_for_every_program() -> None:
     programs = {re.search(r"-m (\S+)", command)[1] for command in COMMANDS}
-    assert {"train.classify", *(f"eval.{name}" for name in EVAL)} <= programs
+    assert {*(f"train.{name}" for name in TRAIN), *(f"eval.{name}" for name in EVAL)} <= programs
     assert {"data_pipes.prepare", "data_pipes.verify"} <= programs
 
 
@@ -97,11 +106,14 @@ def test_every_command(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert json.loads(Path("runs/first/eval/classify.json").read_text())["count"] == 16
     assert Path("runs/first/report.html").is_file()
     assert Path("data/mine/dataset.json").is_file()
+    names: dict[str, Any] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", README, re.S)[1], "README.md", "exec"), names)
+    assert names["picture"].shape == (1024 * 1024, 3)
 
 
 def test_the_python_example(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(workplace)
-    [example] = re.findall(r"```python\n(.*?)```", README, re.S)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.S)  # the other one is test_every_command's
     exec(compile(example, "README.md", "exec"), {})
     label, probability, psnr = capsys.readouterr().out.split()
     assert label in "0123456789"
