@@ -83,7 +83,8 @@ class ColumnConfig:
     """A JSON file (may hold placeholders), or JSON lines, of which the last one that has the number counts. Empty:
     what the grid itself knows of the job (`seconds`)."""
     path: str
-    """Where the number is in it: keys and list positions with dots between them."""
+    """Where the number is in it: keys and list positions with dots between them; `a|b`: at the first place of those
+    that has one."""
     per: str = ""
     """Where the number is, likewise, that it is divided by."""
     factor: float = 1.0

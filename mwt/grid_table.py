@@ -66,7 +66,9 @@ def measure(column: ColumnConfig, file: str, job: Job, jobs: Path) -> float | No
         except (OSError, ValueError):
             contents = []
     for content in contents:
-        value, divisor = look_up(content, column.path), look_up(content, column.per) if column.per else 1.0
+        found = (look_up(content, path) for path in column.path.split("|"))
+        value = next((number for number in found if number is not None), None)
+        divisor = look_up(content, column.per) if column.per else 1.0
         if value is not None and divisor:
             return value / divisor * column.factor
     return None

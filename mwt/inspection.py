@@ -179,11 +179,13 @@ def evaluate_run(
         numbers = part.summary()
         names = ("count", "accuracy", "cross_entropy", "psnr", "mse")
         rows.append({"steps": step, **{name: numbers[name] for name in names if name in numbers}})
+    parameters = {name: sum(p.numel() for p in group) for name, group in run.model.parameter_groups().items()}
     document = {
         **result.summary(), "per_class": result.per_class(), "split": split, "checkpoint": run.checkpoint,
         "inner_steps": steps, "step": run.step, "data": run.config.data.path, "classes": list(result.classes),
         "confusion": confusion_matrix(result.predicted, result.labels, len(result.classes)).tolist(), "curve": rows,
         "precision": precision, "device": str(run.device), "seconds": seconds, "images_per_second": count / seconds,
+        "parameters": parameters,
     }  # fmt: skip
     return document, result
 
