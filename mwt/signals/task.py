@@ -27,7 +27,7 @@ class Evaluation:
     metrics: dict[str, Float[Tensor, " N"]]
     picture: UInt8[Tensor, "C h w"]
     """What the field shows."""
-    error: UInt8[Tensor, "C h w"] | None = None
+    error: UInt8[Tensor, "3 h w"] | None = None
     """Where it is wrong: brighter is worse."""
 
 
