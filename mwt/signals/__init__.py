@@ -12,6 +12,7 @@ from mwt.signals.image import ImageTask
 from mwt.signals.poisson import PoissonTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.tomography import TomographyTask
 from mwt.signals.video import VideoTask
 
 SKIMAGE = "skimage:"
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     "poisson": PoissonTask,
     "video": VideoTask,
     "audio": AudioTask,
+    "tomography": TomographyTask,
 }
 
 
