@@ -11,6 +11,7 @@ from mwt.signals.dicom import PYDICOM, pydicom_file
 from mwt.signals.image import ImageTask
 from mwt.signals.poisson import PoissonTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
+from mwt.signals.shape import ShapeTask
 from mwt.signals.task import Evaluation, Sampler, Task
 from mwt.signals.tomography import TomographyTask
 from mwt.signals.video import VideoTask
@@ -26,6 +27,7 @@ TASKS: dict[str, type[Task]] = {
     "video": VideoTask,
     "audio": AudioTask,
     "tomography": TomographyTask,
+    "shape": ShapeTask,
 }
 
 
