@@ -10,6 +10,7 @@ from mwt.signals.audio import AudioTask
 from mwt.signals.dicom import PYDICOM, pydicom_file
 from mwt.signals.image import ImageTask
 from mwt.signals.poisson import PoissonTask
+from mwt.signals.radiance import RadianceTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 from mwt.signals.shape import ShapeTask
 from mwt.signals.task import Evaluation, Sampler, Task
@@ -28,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
     "audio": AudioTask,
     "tomography": TomographyTask,
     "shape": ShapeTask,
+    "radiance": RadianceTask,
 }
 
 
