@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mwt.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
+PICTURES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
 """Endings that `read_picture` takes."""
 
 
