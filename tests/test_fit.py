@@ -112,20 +112,42 @@ def test_a_loss_that_is_not_finite_names_step_and_signal(folder: Path) -> None:
         fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=30, lr=1e30))
 
 
-@pytest.mark.parametrize("mode", ["grey", "16 bits", "jpeg", "float array"])
+@pytest.mark.parametrize("mode", ["grey", "16 bits", "dark, 16 bits", "jpeg", "float array", "colours as grey"])
 def test_pictures_of_all_kinds(tmp_path: Path, mode: str) -> None:
     grey = picture(0, channels=1)
     if mode == "grey":
         Image.fromarray(grey).save(path := tmp_path / "a.png")
     elif mode == "16 bits":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path := tmp_path / "a.tiff")
+    elif mode == "dark, 16 bits":
+        grey = grey / 257
+        Image.fromarray(np.round(grey * 257).astype(np.uint16)).save(path := tmp_path / "a.tiff")
     elif mode == "jpeg":
         Image.fromarray(grey).save(path := tmp_path / "a.jpg", quality=100)
-    else:
+    elif mode == "float array":
         np.save(path := tmp_path / "a.npy", grey / 255)
-    found = read_picture(path)
+    else:
+        np.save(path := tmp_path / "a.npy", np.stack([grey] * 3, -1))
+    found = read_picture(path, grey=mode == "colours as grey")
     assert found.shape == (20, 24, 1)
     np.testing.assert_allclose(found[..., 0].numpy(), grey / 255, atol=0.02 if mode == "jpeg" else 1e-6)
+
+
+def test_pictures_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", picture(0).astype(np.int64))
+    with pytest.raises(InputError, match="holds int64; save uint8, uint16, or floats"):
+        read_picture(tmp_path / "a.npy")
+    Image.fromarray(picture(0, channels=1).astype(np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=r"a.tiff holds numbers outside \[0, 1\]"):
+        read_picture(tmp_path / "a.tiff")
+
+
+def test_a_turned_camera(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(picture(0)).save(tmp_path / "a.png", exif=exif)
+    expected = np.rot90(picture(0), -1) / 255
+    np.testing.assert_allclose(read_picture(tmp_path / "a.png").numpy(), expected, atol=1e-6)
 
 
 def run(*arguments: str) -> int:
