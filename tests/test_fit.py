@@ -175,6 +175,14 @@ def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixtu
     assert "finished" in capsys.readouterr().out
 
 
+def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:
+    Image.fromarray(picture(1)).save(folder / "0.bmp")
+    assert run(f"signal.path={folder}/0.*", f"run.dir={folder / 'run'}") == 0
+    assert set(json.loads((folder / "run/result.json").read_text())["signals"]) == {"000-0.bmp", "001-0.png"}
+    truths = [np.asarray(Image.open(folder / f"run/reconstruction/{stem}.truth.png")) for stem in ("000-0", "001-0")]
+    np.testing.assert_array_equal(truths, [picture(1), picture(0)])
+
+
 def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
     run(f"signal.path={folder}/0.png", f"run.dir={folder / 'run'}")
     found = json.loads((folder / "run/result.json").read_text())
