@@ -74,4 +74,4 @@ class FitConfig:
 
 
 FIT_DEBUG = ("optim.steps=4", "optim.points=256", "run.evaluations=2", "run.device=cpu", "field.mlp.width=16")
-"""What `--debug` adds: seconds, through everything."""
+"""What `--debug` adds: seconds, through everything. The points only where a step can do with some of them."""

@@ -208,7 +208,7 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
         (["signal.path={folder}/0.png", "task=inpainting", "signal.mask={folder}/10.png"], "mask .* is 9 x 9"),
         (["signal.path={folder}/0.png", "task=inpainting", "signal.box=[0,0,90,2]"], "does not lie within"),
         (["signal.path={folder}/0.png", "task=video"], "has one frame"),
-        (["signal.path={folder}/[12].png", "optim.name=lbfgs", "optim.points=null"], "one signal at a time"),
+        (["signal.path={folder}/[12].png", "optim.name=lbfgs"], "one signal at a time"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
@@ -222,7 +222,7 @@ def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: 
 def test_every_task_goes_through_the_program(folder: Path) -> None:
     options = {
         "inpainting": ["signal.keep=0.5", "signal.text=ab", "optim.points=50"],
-        "super_resolution": ["signal.factor=2", "optim.points=null"],
+        "super_resolution": ["signal.factor=2"],
         "poisson": ["signal.given=laplacian", "optim.points=50"],
     }
     for task in ("image", "denoising", "inpainting", "super_resolution", "poisson"):

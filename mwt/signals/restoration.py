@@ -43,6 +43,8 @@ class SuperResolutionTask(ImageTask):
     The large picture is used to make the small one, and to judge. A step draws the whole picture.
     """
 
+    subsets = False
+
     @dataclass(frozen=True, kw_only=True)
     class Options(ImageOptions):
         """Those of all pictures, and the factor."""

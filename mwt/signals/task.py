@@ -54,6 +54,8 @@ class Task(ABC):
     """Of the files that a folder of signals is searched for."""
     takes_folder: ClassVar[bool] = False
     """Whether a folder is one signal."""
+    subsets: ClassVar[bool] = True
+    """Whether a step can see some of the points."""
     several: ClassVar[bool] = True
     """Whether several signals can be fitted as one batch."""
 
