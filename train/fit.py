@@ -8,7 +8,7 @@ python -m train.fit --config F.yaml --debug                       seconds on the
 python -m train.fit --resume run.dir=runs/NAME                    go on where an interrupted fit stopped
 
 Writes RUN/result.json, metrics.jsonl, field/ (`mwt.fields.load_field`), reconstruction/, curves.png, ranks.png and
-progress.gif. Signals of a folder or a glob that have one shape are fitted as one batch, the others one after another.
+progress.gif. The signals of a folder or a glob have one shape and are fitted as one batch, each as if alone.
 """
 
 from __future__ import annotations
