@@ -208,6 +208,9 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
         (["signal.path={folder}/0.png", "task=inpainting", "signal.mask={folder}/10.png"], "mask .* is 9 x 9"),
         (["signal.path={folder}/0.png", "task=inpainting", "signal.box=[0,0,90,2]"], "does not lie within"),
         (["signal.path={folder}/0.png", "task=video"], "has one frame"),
+        (["signal.path={folder}/0.png", "task=video", "signal.frames=0"], "signal.frames is 0"),
+        (["signal.path={folder}/0.png", "signal.scale=0"], "signal.scale is 0"),
+        (["signal.path={folder}/0.png", "signal.crop=1", "task=poisson"], "at least 2 pixels"),
         (["signal.path={folder}/[12].png", "optim.name=lbfgs"], "one signal at a time"),
     ],
 )  # fmt: skip

@@ -110,6 +110,14 @@ def test_what_is_missing_is_not_seen(path: Path) -> None:
     assert task.baselines()["linear"]["psnr"] > task.baselines()["linear"]["psnr_missing"] > 15
 
 
+def test_known_pixels_on_a_line_have_a_baseline(path: Path) -> None:
+    """There are no triangles between them: every missing pixel is the nearest known one."""
+    task = InpaintingTask([path], InpaintingTask.Options(box=(1, 0, 31, 40)), CPU)
+    filled = restoration._interpolated(task.truth[0], task.known)
+    torch.testing.assert_close(filled, task.truth[0][:1].expand(32, 40, 3))
+    assert task.baselines()["linear"]["psnr"] > 5
+
+
 def test_noise_has_the_size_that_is_said() -> None:
     flat = torch.full((200, 200, 1), 0.5)
     gaussian = restoration.add_noise(flat, DenoisingTask.Options(sigma=0.1), 0) - flat

@@ -82,6 +82,8 @@ class ImageTask(Task):
     def __init__(self, paths: Sequence[Path], options: ImageOptions, device: torch.device) -> None:
         pictures = centre(read_pictures(paths, grey=options.grey), options.crop).to(device)
         self.names = signal_names(paths)
+        if options.scale < 1:
+            raise InputError(f"signal.scale is {options.scale}; it must be at least 1.")
         self.options = options
         self.set_truth(pictures)
 

@@ -207,11 +207,15 @@ def letters(text: str, height: int, width: int) -> Bool[Tensor, "h w"]:
 
 def _interpolated(picture: Float[Tensor, "h w C"], known: Bool[Tensor, "h w"]) -> Float[Tensor, "h w C"]:
     from scipy.interpolate import griddata
+    from scipy.spatial import QhullError
 
     at, everywhere = known.cpu().nonzero().numpy(), torch.ones_like(known).cpu().nonzero().numpy()
     values = picture[known.cpu()].numpy()
-    linear = griddata(at, values, everywhere, method="linear")
-    outside = linear != linear
+    try:
+        linear = griddata(at, values, everywhere, method="linear")
+    except QhullError:  # fewer than four known pixels, or all on a line: they have no triangles
+        linear = np.full((len(everywhere), values.shape[1]), np.nan)
+    outside = np.isnan(linear)
     linear[outside] = griddata(at, values, everywhere, method="nearest")[outside]
     return torch.from_numpy(linear).float().view_as(picture)
 
