@@ -203,13 +203,19 @@ class SignalFit:
             with safe_open(path, "pt") as file:
                 content = json.loads(file.metadata()["fit"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.fields.load_state_dict(
-                {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
-            )
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            self._take(content, tensors)
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
+
+    def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.fields.load_state_dict(
+            {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
+        )
         device = next(self.fields.parameters()).device
-        tensors = {name: value.to(device, copy=True) for name, value in tensors.items()}  # out of the file's alignment
+        counters = device if isinstance(self.optimizer, Muon) else torch.device("cpu")  # where torch's AdamW has them
+        tensors = {  # copies: out of the file's alignment
+            name: value.to(counters if name.endswith(".step") else device, copy=True) for name, value in tensors.items()
+        }
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, values in content["moments"].items():  # not `load_state_dict`, which rounds L-BFGS's scalars
             self.optimizer.state[parameters[int(index)]] = _with_tensors(values, tensors)

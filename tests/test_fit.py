@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mwt.errors import InputError, TrainingError
 from mwt.fields import FieldConfig, evaluate, load_field
@@ -97,6 +99,20 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None
     for a, b in zip(whole.fields.parameters(), second.fields.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [row["step"] for row in second.curve] == evaluation_steps(8, 3)
+
+
+def test_files_that_are_no_checkpoint_are_refused(folder: Path) -> None:
+    fit = fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=2))
+    path = folder / "checkpoint.safetensors"
+    fit.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["fit"])
+    less = {name: value for name, value in tensors.items() if name != "optimizer.0.exp_avg"}
+    for saved, metadata in ((tensors, None), (less, content), (tensors, {**content, "curve": 0, "moments": []})):
+        save_file(saved, path, metadata=metadata and {"fit": json.dumps(metadata)})
+        with pytest.raises(InputError, match="is damaged, or of another fit"):
+            fit.restore(path)
 
 
 def test_every_point_comes_once_before_any_comes_again() -> None:
