@@ -110,7 +110,7 @@ class SignalFit:
         """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
 
         Raises:
-            TrainingError: a loss that is not finite; names the step and the signal.
+            TrainingError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
         """
         looks = set(evaluation_steps(self.config.steps, self.evaluations))
         while not self.finished:
@@ -152,11 +152,15 @@ class SignalFit:
         return seen[0]
 
     def _checked(self, losses: Tensor) -> float:
-        if not bool(losses.isfinite().all()):
-            name = self.task.names[int((~losses.isfinite()).nonzero()[0])]
+        finite = losses.isfinite()
+        for parameter in self.fields.parameters():  # the losses are those before the step
+            finite = finite & parameter.detach().isfinite().view(len(finite), -1).all(1)
+        if not bool(finite.all()):
+            name = self.task.names[int((~finite).nonzero()[0])]
+            rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
             raise TrainingError(
-                f"The loss of {name} was not finite at step {self.step}: the rates are too large for this field "
-                f"(optim.lr={self.config.lr:g}). Nothing of this fit can be used."
+                f"The fit of {name} was not finite at step {self.step}: the rates ({rates}) are too large for this "
+                "field. Nothing of this fit can be used."
             )
         return float(losses.mean())
 

@@ -128,6 +128,15 @@ def test_a_loss_that_is_not_finite_names_step_and_signal(folder: Path) -> None:
         fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=30, lr=1e30))
 
 
+def test_a_last_step_that_spoils_the_weights_is_seen(folder: Path) -> None:
+    """Its loss, of before the step, is as it should be."""
+    task = image_task([folder / "0.png", folder / "1.png"])
+    fit = SignalFit(task, fields_for(SMALL, task, seed=3), FitOptimConfig(steps=1), 3, evaluations=1)
+    fit.fields.last.weight.register_hook(lambda gradient: torch.stack([gradient[0], gradient[1] * float("nan")]))
+    with pytest.raises(TrainingError, match=r"1.png was not finite at step 1.*0\.001"):
+        fit.run(lambda: False, lambda _: None, lambda: None)
+
+
 @pytest.mark.parametrize("mode", ["grey", "16 bits", "dark, 16 bits", "jpeg", "float array", "colours as grey"])
 def test_pictures_of_all_kinds(tmp_path: Path, mode: str) -> None:
     grey = picture(0, channels=1)
