@@ -154,7 +154,7 @@ class SignalFit:
     def _checked(self, losses: Tensor) -> float:
         finite = losses.isfinite()
         for parameter in self.fields.parameters():  # the losses are those before the step
-            finite = finite & parameter.detach().isfinite().view(len(finite), -1).all(1)
+            finite = finite & parameter.detach().isfinite().reshape(len(finite), -1).all(1)
         if not bool(finite.all()):
             name = self.task.names[int((~finite).nonzero()[0])]
             rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
@@ -208,7 +208,7 @@ class SignalFit:
                 content = json.loads(file.metadata()["fit"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             self._take(content, tensors)
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
 
     def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
