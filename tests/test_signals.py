@@ -73,6 +73,13 @@ def test_making_small_against_pillow(factor: int) -> None:
     np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
 
 
+def test_the_bicubic_baseline_is_pillows() -> None:
+    image = np.random.default_rng(0).random((9, 7), dtype=np.float32)
+    ours = restoration.upsample(torch.from_numpy(image)[None, ..., None], 3)[0, ..., 0]
+    theirs = Image.fromarray(image).resize((21, 27), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
+
+
 def test_super_resolution_crops_and_measures(path: Path) -> None:
     task = SuperResolutionTask([path], SuperResolutionTask.Options(factor=3), CPU)
     assert task.truth.shape == (1, 30, 39, 3)
