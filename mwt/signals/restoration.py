@@ -32,7 +32,7 @@ def downsample(pictures: Float[Tensor, "N h w C"], factor: int) -> Float[Tensor,
 
 
 def upsample(pictures: Float[Tensor, "N h w C"], factor: int) -> Float[Tensor, "N H W C"]:
-    """Bicubic, the baseline of super-resolution, with the literature's kernel (Keys' -0.5; torch's plain one has -0.75)."""
+    """Bicubic, the baseline, with the literature's kernel: Keys' with -0.5 (torch's plain one has -0.75)."""
     size = (pictures.shape[1] * factor, pictures.shape[2] * factor)
     return F.interpolate(pictures.movedim(-1, 1), size, mode="bicubic", antialias=True).movedim(1, -1)
 
