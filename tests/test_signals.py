@@ -73,6 +73,13 @@ def test_making_small_against_pillow(factor: int) -> None:
     np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
 
 
+def test_the_bicubic_baseline_is_pillows() -> None:
+    image = np.random.default_rng(0).random((9, 7), dtype=np.float32)
+    ours = restoration.upsample(torch.from_numpy(image)[None, ..., None], 3)[0, ..., 0]
+    theirs = Image.fromarray(image).resize((21, 27), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
+
+
 def test_super_resolution_crops_and_measures(path: Path) -> None:
     task = SuperResolutionTask([path], SuperResolutionTask.Options(factor=3), CPU)
     assert task.truth.shape == (1, 30, 39, 3)
@@ -108,6 +115,14 @@ def test_what_is_missing_is_not_seen(path: Path) -> None:
     task.values[:, ~missing] += 1
     assert loss() != before
     assert task.baselines()["linear"]["psnr"] > task.baselines()["linear"]["psnr_missing"] > 15
+
+
+def test_known_pixels_on_a_line_have_a_baseline(path: Path) -> None:
+    """There are no triangles between them: every missing pixel is the nearest known one."""
+    task = InpaintingTask([path], InpaintingTask.Options(box=(1, 0, 31, 40)), CPU)
+    filled = restoration._interpolated(task.truth[0], task.known)
+    torch.testing.assert_close(filled, task.truth[0][:1].expand(32, 40, 3))
+    assert task.baselines()["linear"]["psnr"] > 5
 
 
 def test_noise_has_the_size_that_is_said() -> None:
