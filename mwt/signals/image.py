@@ -54,7 +54,7 @@ def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
     )
 
 
-def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N h w C"]:
+def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N H W C"]:
     """The square in the middle.
 
     Raises:
