@@ -212,7 +212,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_can_be_run_as_its_header_says(path: Path) -> None:
     config = load_config(FitConfig, path)
-    assert f"python -m train.fit --config configs/fit/{path.name} signal." in path.read_text()
+    assert f"python -m train.fit --config configs/fit/{path.name}" in path.read_text()
     assert config.run.dir == f"runs/fit/{path.stem}"
     options = {key: value for key, value in config.signal.items() if key != "path"}
     read_options(TASKS[config.task].Options, options, path.name)
