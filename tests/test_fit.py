@@ -12,15 +12,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mwt.config_files import load_config, read_options
 from mwt.errors import InputError, TrainingError
-from mwt.fields import FieldConfig, evaluate, load_field
+from mwt.fields import FieldConfig, build_field, evaluate, load_field
 from mwt.fields.config import MLPConfig
-from mwt.fit_config import FitOptimConfig
+from mwt.fit_config import FitConfig, FitOptimConfig
 from mwt.fitting import SignalFit, evaluation_steps, fields_for
 from mwt.signals import TASKS, Sampler, signal_paths
 from mwt.signals.image import ImageTask
 from mwt.signals.pictures import read_picture
-from train.fit import main
+from train.fit import CONFIGS, main
 
 CPU = torch.device("cpu")
 SMALL = FieldConfig(mlp=MLPConfig(width=24, hidden_layers=2))
@@ -206,6 +207,16 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:
     assert set(json.loads((folder / "run/result.json").read_text())["signals"]) == {"000-0.bmp", "001-0.png"}
     truths = [np.asarray(Image.open(folder / f"run/reconstruction/{stem}.truth.png")) for stem in ("000-0", "001-0")]
     np.testing.assert_array_equal(truths, [picture(1), picture(0)])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_can_be_run_as_its_header_says(path: Path) -> None:
+    config = load_config(FitConfig, path)
+    assert f"python -m train.fit --config configs/fit/{path.name}" in path.read_text()
+    assert config.run.dir == f"runs/fit/{path.stem}"
+    options = {key: value for key, value in config.signal.items() if key != "path"}
+    read_options(TASKS[config.task].Options, options, path.name)
+    build_field(config.field, coordinate_dims=3, channels=3, seed=0)
 
 
 def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:

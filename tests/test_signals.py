@@ -14,7 +14,7 @@ from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, build_field
 from mwt.fields.config import MLPConfig
 from mwt.signals import pictures, poisson, restoration
-from mwt.signals.image import ImageTask, image_frame
+from mwt.signals.image import ImageTask, centre, image_frame
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 
 CPU = torch.device("cpu")
@@ -57,6 +57,12 @@ def test_a_field_that_is_the_picture_has_no_error(path: Path) -> None:
     assert float(task.evaluate(Exact()).metrics["psnr"]) > 100
     index = torch.tensor([0, 41, 1279])
     assert float(task.loss(Exact(), index, torch.Generator())) < 1e-10
+
+
+def test_the_square_in_the_middle() -> None:
+    pictures_ = torch.arange(5 * 8.0).view(1, 5, 8, 1)
+    assert centre(pictures_, 3)[0, ..., 0].tolist() == [[10, 11, 12], [18, 19, 20], [26, 27, 28]]
+    assert centre(pictures_, None) is pictures_
 
 
 def test_aspect_keeps_pixels_square() -> None:

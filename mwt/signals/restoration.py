@@ -114,7 +114,7 @@ class InpaintingTask(ImageTask):
         text: str | None = None
         """Written over the picture, missing where the letters are."""
         mask: str | None = None
-        """An image file of the picture's size: black is missing."""
+        """An image file of the picture's size, as it is after `crop`: black is missing."""
         mask_seed: int = 0
 
     options: Options
