@@ -161,12 +161,13 @@ def test_several_slices_are_fitted_as_each_alone(folder: Path) -> None:
 def test_a_noisy_scan_of_a_smooth_slice(folder: Path) -> None:
     """Through the program: better than filtered back-projection, which makes noise larger."""
     out = folder / "run"
-    arguments = ["task=tomography", f"signal.path={folder}/0.npy", "signal.views=16", f"run.dir={out}", "signal.sigma=0.05",
-                 "field.mlp.width=48", "field.mlp.hidden_layers=2", "field.mlp.activation.omega=10", "run.film=false",
-                 "optim.steps=150", "optim.points=64", "run.evaluations=3", "run.device=cpu"]  # fmt: skip
+    arguments = ["task=tomography", f"signal.path={folder}/0.npy", "signal.views=16", f"run.dir={out}",
+                 "signal.sigma=0.1", "run.device=cpu", "field.mlp.width=48", "field.mlp.hidden_layers=2",
+                 "field.mlp.activation.omega=10", "run.film=false", "optim.steps=150", "optim.points=64",
+                 "run.evaluations=3"]  # fmt: skip
     assert main(arguments) == 0
     found = json.loads((out / "result.json").read_text())
-    assert found["final"]["psnr"] > found["baselines"]["filtered back-projection"]["psnr"] + 2
+    assert found["final"]["psnr"] > found["baselines"]["filtered back-projection"]["psnr"] + 1.5
     assert found["signal"]["views"] == 16
     for ending in ("png", "truth.png", "error.png", "fbp.png", "sinogram.png"):
         assert (out / f"reconstruction/0.{ending}").is_file()
