@@ -295,7 +295,7 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
         count = sum(shard.count for shard in shards)
         splits[split] = asdict(SplitInfo(count=count, shards=shards))
         mean = sum(note["psnr"] for _, note in part) / max(1, count)
-        psnr[split] = mean if description.signal.kind == "image" else None
+        psnr[split] = None if "psnr" in description.unmeasured else mean
         skipped[split] = sum(note["skipped"] for _, note in part)
     return {"splits": splits, "psnr": psnr, "skipped": skipped}
 
