@@ -86,9 +86,8 @@ def convert(plans: list[Plan], workers: int | None = None) -> None:
             writer.finish()
     print("\nWritten: " + ", ".join(str(planned.out) for planned in plans))
     if FORMATS[plans[0].format].tree:
-        print(
-            f"splits.json has paths from there. Absolute ones:  python -m data_pipes.convert --relocate {plans[0].out}"
-        )
+        for planned in plans:
+            print(f"Paths in splits.json begin there; absolute: python -m data_pipes.convert --relocate {planned.out}")
     if not plans[0].parts["val"].places:
         print("There is no val split, which loaders may ask for: --val N makes one of the last training networks.")
 

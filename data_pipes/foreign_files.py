@@ -266,8 +266,10 @@ def _finish_npz(plan: Plan, mean: Weights, std: Weights, base: Weights | None) -
         shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(plan.data / _ARRAYS, ignore_errors=True)
     moments = {"mean": mean, "std": safe_deviations(std)}
-    arrays = {f"{name}.{kind}": x[0].numpy() for kind, of in moments.items() for name, x in layer_tensors(of).items()}
+    arrays: dict[str, Any] = {
+        f"{name}.{kind}": x[0].numpy() for kind, of in moments.items() for name, x in layer_tensors(of).items()
+    }
     np.savez(plan.data / "statistics.npz", **arrays)
     if base is not None:
-        single = {name: x[0].numpy() for name, x in layer_tensors(base).items()}
+        single: dict[str, Any] = {name: x[0].numpy() for name, x in layer_tensors(base).items()}
         np.savez(plan.data / "base.npz", **single)

@@ -27,6 +27,7 @@ from mwt.structs import SignalFacts
 from mwt.weight_space import Layout, Weights
 
 _BATCH = 256
+_MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +218,10 @@ def describe_tree(
         classes: names of the labels; by default their numbers.
 
     Raises:
-        InputError: the first network cannot be used; there are more labels than names.
+        InputError: the first network cannot be used.
     """
     listed = [item for items in tree.splits.values() for item in items]
-    weights, label = read_network(listed[0], None)
+    weights, _ = read_network(listed[0], None)
     sizes = (weights.weights[0].shape[2], *(bias.shape[1] for bias in weights.biases))
     layout = Layout(sizes=sizes, omegas=(omega,) * (len(sizes) - 2), shared_output=False)
     kinds: dict[int, Literal["image", "points"]] = {2: "image", 3: "points"}
@@ -229,16 +230,15 @@ def describe_tree(
     if convention == "dws" and layout.coordinate_dims != 2:
         raise InputError("The dws convention is about pictures, and these networks take 3 coordinates: use --from nfn.")
     known = [item.label for item in listed if item.label is not None]
-    # Where the labels lie in the files, all of them have to be read for the largest.
-    top = max(known) if len(known) == len(listed) else max(read_network(item, layout)[1] for item in listed)
-    if min([*known, label]) < 0 or (classes and top >= len(classes)):
-        raise InputError(f"{tree.root} has labels up to {top}, and there are {len(classes)} names; see --classes.")
-    names = tuple(classes) or tuple(str(i) for i in range(top + 1))
+    names = tuple(classes)
+    if not names:  # where the labels lie in the files, all of them have to be read for the largest
+        top = max(known) if len(known) == len(listed) else max(read_network(item, layout)[1] for item in listed)
+        names = tuple(str(i) for i in range(min(top, _MAX_CLASSES - 1) + 1))
     signal = SignalFacts(
         kind=kinds[layout.coordinate_dims], channels=layout.channels, height=None, width=None, classes=names
     )
     return Description(
-        name=tree.root.name, signal=signal, layout=layout, values="phi", dtype=dtype, has_base=False, steps=0,
+        name=tree.root.resolve().name, signal=signal, layout=layout, values="phi", dtype=dtype, has_base=False, steps=0,
         source={}, train_split="train" if "train" in tree.splits else next(iter(tree.splits)),
         fit={
             "method": "unknown", "read_from": os.path.abspath(tree.root), "convention": convention, "omega": omega,
@@ -254,15 +254,18 @@ def write_tree(tree: Tree, writer: WeightSetWriter, convention: Convention, adva
         advance: called with a number of networks when they have been read.
 
     Raises:
-        InputError: a network cannot be used; names its file.
+        InputError: a network cannot be used, or has a label without a name; names its file.
     """
-    layout = writer.description.layout
+    layout, classes = writer.description.layout, len(writer.description.classes)
     for task in writer.missing():
         with writer.shard(task) as shard:
             for start in range(task.start, task.stop, _BATCH):
                 stop = min(start + _BATCH, task.stop)
                 items = tree.splits[task.split][start:stop]
                 read = [read_network(item, layout) for item in items]
+                for item, (_, label) in zip(items, read, strict=True):
+                    if not 0 <= label < classes:
+                        raise InputError(f"{item.path} has the label {label}, and there are {classes}; see --classes.")
                 flat = torch.cat([weights.flat() for weights, _ in read])
                 unknown = torch.full((len(items), 1), torch.nan)
                 shard.add(

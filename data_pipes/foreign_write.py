@@ -50,6 +50,7 @@ class ForeignWriter:
         """Whether the very set is there already."""
         self._partial = partial_folder(planned.out)
         self._lock: int | None = None
+        self._done: set[int] = set()
         content = hashlib.sha256((planned.native / MANIFEST_FILE).read_bytes()).hexdigest()
         numbers = {name: [part.first, len(part.places)] for name, part in planned.parts.items()}
         self._begun_with = {
@@ -72,11 +73,13 @@ class ForeignWriter:
             return self
         try:
             (self._partial / _NOTES).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not try_lock(self._lock):
+            handle = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            if not try_lock(handle):
+                os.close(handle)  # not ours, and so is the folder: it stays
                 raise InputError(
                     f"Another process is writing to {self._partial}; wait for it, or choose another --out."
                 )
+            self._lock = handle
             self._take_up()
         except BaseException as error:
             self._leave()
@@ -111,14 +114,16 @@ class ForeignWriter:
         if before != self._begun_with:
             write_json(begun, self._begun_with)
         self.plan.data.mkdir(exist_ok=True)
-        done = sum(len(piece.places) for piece in self.plan.pieces if self._noted(piece))
+        pieces = self.plan.pieces
+        self._done = {piece.number for piece in pieces if self._noted(piece)}
+        done = sum(len(piece.places) for piece in pieces if piece.number in self._done)
         left = self.need.scaled(1 - done / self.plan.count)
         left.check(self._partial, self.plan.out)
         foreign_files.begin(self.plan)
 
     def missing(self) -> list[Piece]:
         """What is not there yet."""
-        return [] if self.complete else [piece for piece in self.plan.pieces if not self._noted(piece)]
+        return [] if self.complete else [piece for piece in self.plan.pieces if piece.number not in self._done]
 
     def _note(self, piece: Piece) -> Path:
         return self._partial / _NOTES / f"{piece.number:06d}.json"
@@ -138,6 +143,7 @@ class ForeignWriter:
             done = ordered_processes(partial(write_piece, self.plan), pieces, workers=workers, piece=1)
             for piece, files in zip(pieces, done, strict=True):
                 write_json(self._note(piece), files)
+                self._done.add(piece.number)
                 yield len(piece.places)
         except OSError as error:
             raise InputError(

@@ -109,11 +109,13 @@ class WeightSetWriter:
             return self
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not try_lock(self._lock):
+            handle = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            if not try_lock(handle):
+                os.close(handle)  # not ours, and so is the folder: it stays
                 raise InputError(
                     f"Another process is writing to {self._partial}; wait for it, or choose another --out."
                 )
+            self._lock = handle
             self._take_up()
             self._check_room()
         except BaseException as error:

@@ -458,6 +458,17 @@ def test_stopped_in_the_middle(
         convert.main(["--src", str(sets["plain"]), "--out", str(out), "--format", name])
 
 
+def test_two_programs_at_once(sets: dict[str, Path], tmp_path: Path) -> None:
+    """The second is refused, and takes nothing from the first, which has finished no piece yet."""
+    planned = one(sets["meta"], "npz", tmp_path / "set")
+    with ForeignWriter(planned) as first:
+        with pytest.raises(InputError, match="Another process is writing"), ForeignWriter(planned):
+            pass
+        assert sum(first.write()) == 13
+        first.finish()
+    assert (tmp_path / "set" / "train.npz").is_file()
+
+
 def test_processes_write_what_one_does(sets: dict[str, Path], tmp_path: Path) -> None:
     for workers in (0, 2):
         with ForeignWriter(one(sets["meta"], "scalegmn", tmp_path / str(workers))) as writer:

@@ -224,7 +224,7 @@ def test_wrong_trees(tmp_path: Path) -> None:
     refused("must rise, and .* has 8 networks", "--split-points", "6", "5")
     refused("must rise, and .* has 8 networks", "--split-points", "6", "9")
     refused("has no files other_LABELs", "--split-points", "5", "6", "--prefix", "other")
-    refused("labels up to 9, and there are 2 names", "--split-points", "5", "6", "--classes", "a,b")
+    refused("net0.pth has the label 3, and there are 2", "--split-points", "5", "6", "--classes", "a,b")
     refused("--omega is 0", "--split-points", "5", "6", "--omega", "0")
     (tree / "randinit_smaller_4s" / "net2.pth").rename(tree / "randinit_smaller_4s" / "net3.pth")
     refused("net3.pth and .*net3.pth have the same number", "--split-points", "5", "6")
