@@ -88,7 +88,7 @@ def convert(plans: list[Plan], workers: int | None = None) -> None:
     if FORMATS[plans[0].format].tree:
         for planned in plans:
             print(f"Paths in splits.json begin there; absolute: python -m data_pipes.convert --relocate {planned.out}")
-    if not plans[0].parts["val"].places:
+    if plans[0].format != "npz" and not plans[0].parts["val"].places:
         print("There is no val split, which loaders may ask for: --val N makes one of the last training networks.")
 
 

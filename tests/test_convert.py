@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from mwt.observe import grid
 from mwt.structs import SignalFacts
 from mwt.weight_space import Layout, Weights, render
 
+ROOT = Path(__file__).parents[1]
 H, W = 5, 7
 TREES = ("nfn", "dws", "neural-graphs", "scalegmn", "scalegmn-fmnist")
 META = Layout(sizes=(2, 6, 5, 3), omegas=(10.0, 1.0), shared_output=True)
@@ -44,8 +48,9 @@ COUNTS = {"train": 9, "test": 4}
 
 
 def write_native(
-    out: Path, layout: Layout, *, counts: dict[str, int] = COUNTS, classes: int = 10, copies: int = 0
-) -> Path:
+    out: Path, layout: Layout, *, counts: dict[str, int] = COUNTS, classes: int = 10, copies: int = 0,
+    shard_bytes: int = 700,
+) -> Path:  # fmt: skip
     """Random networks; two in a shard, labels 3, 4, 5 …, the copies interleaved."""
     kind = "image" if layout.coordinate_dims == 2 else "points"
     facts = SignalFacts(
@@ -62,7 +67,7 @@ def write_native(
         return Weights.unflatten(torch.randn(count, layout.count, generator=numbers) * scale, layout)
 
     base = draw(1, 0.3) if has_base else None
-    with WeightSetWriter(out, description, counts, base=base, shard_bytes=700) as writer:
+    with WeightSetWriter(out, description, counts, base=base, shard_bytes=shard_bytes) as writer:
         for task in writer.missing():
             index = torch.arange(task.start, task.stop)
             with writer.shard(task) as shard:
@@ -456,6 +461,39 @@ def test_stopped_in_the_middle(
     convert.main(["--src", str(sets["meta"]), "--out", str(out), "--format", name])  # complete already
     with pytest.raises(InputError, match="exists already and is something else"):
         convert.main(["--src", str(sets["plain"]), "--out", str(out), "--format", name])
+
+
+def test_killed(tmp_path: Path) -> None:
+    """kill -9 of the real program: nothing is there before all is, and what was finished is not written again."""
+    native = write_native(tmp_path / "native", PLAIN, counts={"train": 3000}, shard_bytes=2**20)
+    out = tmp_path / "tree"
+    arguments = ["--src", str(native), "--out", str(out), "--format", "nfn", "--workers", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_pipes.convert", *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 150
+        while not (notes := list((partial_folder(out) / "notes").glob("0*.json"))):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert not out.exists()
+    first = next(iter(json.loads(min(notes).read_text())))
+    before = (partial_folder(out) / "data" / first).stat()
+    convert.main(arguments)
+    after = (out / first).stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    found = list(nfn_loader(out, "train", [3000, 3000]))
+    ours = load_weight_set(native).batch(range(3000)).weights.flat()
+    assert len(found) == 3000
+    for i, (weights, biases, label) in enumerate(found):
+        assert label == (i + 3) % 10
+        flat = torch.cat([part.flatten() for pair in zip(weights, biases, strict=True) for part in pair])
+        assert torch.equal(flat, ours[i])  # frequencies of 30: the same bits
 
 
 def test_two_programs_at_once(sets: dict[str, Path], tmp_path: Path) -> None:
