@@ -72,7 +72,7 @@ def check_split(manifest: Manifest, split: str, data: str | None) -> SplitReport
         try:
             if total is not None:
                 report.faults += _check_statistics(manifest, total)
-            if data is not None and manifest.signal.kind == "image":
+            if data is not None and "psnr" not in manifest.unmeasured:
                 _check_psnr(manifest, split, data, report)
         except InputError as error:
             report.faults.append(str(error))
@@ -109,8 +109,8 @@ def _row_faults(manifest: Description, tensors: dict[str, Tensor]) -> Iterator[s
     if not 0 <= int(tensors["copy"].min()) <= int(tensors["copy"].max()) <= manifest.copies:
         yield f"a copy is not in 0 … {manifest.copies}"
     for name, tensor in tensors.items():
-        may_be_nan = name == "psnr" and manifest.signal.kind != "image"
-        if tensor.dtype.is_floating_point and not may_be_nan and not bool(tensor.isfinite().all()):
+        known = name not in manifest.unmeasured
+        if tensor.dtype.is_floating_point and known and not bool(tensor.isfinite().all()):
             yield f"{name} holds numbers that are not finite"
 
 
@@ -174,6 +174,8 @@ def source_data(manifest: Manifest, given: str | None) -> tuple[str | None, str]
     """
     if manifest.signal.kind != "image":
         return None, "Distances of points have no PSNR: no network was drawn."
+    if not manifest.source:
+        return None, "Which signals they show is not known: no network was drawn."
     path = given or str(manifest.source.get("path", ""))
     is_here = given is not None or path.startswith(BUILTIN_PREFIX) or (Path(path) / "dataset.json").is_file()
     if not is_here:

@@ -323,6 +323,20 @@ def test_another_set_is_refused(folder: Path, tmp_path: Path) -> None:
         pass
 
 
+def test_two_programs_at_once(tmp_path: Path) -> None:
+    """The second is refused, and takes nothing from the first, which has finished no shard yet."""
+
+    def begun() -> WeightSetWriter:
+        return WeightSetWriter(tmp_path / "set", describe(), COUNTS, base=network(SHARED, 77), shard_bytes=1200)
+
+    with begun() as first:
+        with pytest.raises(InputError, match="Another process is writing"), begun():
+            pass
+        fill(first, first.missing())
+        first.finish()
+    assert len(load_weight_set(tmp_path / "set", "train")) == 11
+
+
 def test_a_full_disk_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with (
