@@ -12,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipes.decode import encode_png
 from data_pipes.read import open_split
+from data_pipes.schema import read_info
 from data_pipes.weights import load_weight_set
+from data_pipes.write import Sample, write_dataset
 from mwt.config_files import load_config
 from mwt.errors import InputError, TrainingError
 from mwt.observe import pixels
@@ -117,7 +120,7 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
         assert {"reconstruction_loss", "classification_loss"} <= {key for line in lines[0] for key in line}
 
 
-def test_images_are_those_that_the_networks_were_fitted_to(networks: Path) -> None:
+def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_path: Path) -> None:
     config = configured(networks, "reader.name=pixel_cnn")
     part = Part(config, "test", CPU, images=True)
     [batch] = open_split("builtin:digits", "test", device=CPU, limit=40).batches(batch_size=40)
@@ -126,6 +129,12 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path) -> No
     assert batch.images is not None
     torch.testing.assert_close(sample.inputs, pixels(batch.images).mT.unflatten(2, (8, 8))[places])
     assert torch.equal(sample.labels, batch.labels[places])
+    other = tmp_path / "other"
+    facts = read_info("builtin:digits").facts
+    image = Sample(extension="png", data=encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), label=0)
+    write_dataset(other, name="o", facts=facts, licence="", splits={"test": [image] * 40})
+    with pytest.raises(InputError, match="have other labels in 'test'"):
+        Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
 
 
 def test_copies_of_a_signal_are_held_out_together(tmp_path: Path) -> None:

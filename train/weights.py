@@ -98,16 +98,22 @@ class Part:
         """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
         path = config.data.images or str(self.set.manifest.source.get("path", ""))
         source = open_split(path, self.split, device=self.device, reader="resident")
-        found = []
+        found, labels = [], []
         for batch in source.batches(batch_size=1024):
             if batch.images is None:
                 raise InputError(f"reader.name={config.reader.name} reads images; {path} holds point sets.")
             found.append(pixels(batch.images).mT.unflatten(2, batch.images.shape[-2:]))
-        images = torch.cat(found)
-        if len(images) <= int(self.set.column("index").max()):
+            labels.append(batch.labels)
+        images, index = torch.cat(found), self.set.column("index")
+        if len(images) <= int(index.max()):
             raise InputError(
                 f"{path} has {len(images)} images in {self.split!r}, fewer than the networks of {self.set.path} were "
                 "fitted to; name their data set with data.images."
+            )
+        if not torch.equal(torch.cat(labels)[index], self.set.column("label")):
+            raise InputError(
+                f"The images of {path} have other labels in {self.split!r} than the networks of {self.set.path}: they "
+                "are not those that these were fitted to. Name their data set with data.images."
             )
         return images
 
