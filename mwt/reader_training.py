@@ -267,7 +267,6 @@ class ReaderTraining:
         """A checkpoint `name` ("last" or "best") in the run directory.
 
         Raises:
-            TrainingError: a step was not finite.
             OSError: disk full, no permission.
         """
         state = {

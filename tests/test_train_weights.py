@@ -22,7 +22,7 @@ from mwt.errors import InputError, TrainingError
 from mwt.observe import pixels
 from mwt.reader_training import ReaderTraining
 from mwt.readers import load_reader
-from mwt.symmetry import WeightAugmentation, augment
+from mwt.symmetry import WeightAugmentation
 from mwt.tracking import read_metrics
 from mwt.weights_config import WeightsAugmentConfig, WeightsConfig
 from tests.digits_weights import write_digits
@@ -73,6 +73,8 @@ def test_a_linear_probe_learns_and_says_so(networks: Path, tmp_path: Path, capsy
     )
     assert run(networks, folder, "--evaluate", "data.test_split=train") == 0
     assert json.loads((folder / "eval" / "classify_train.json").read_text())["count"] == 128
+    assert run(networks, folder, "--evaluate", "data.limit=7") == 0
+    assert json.loads((folder / "eval" / "classify_test.json").read_text())["count"] == 7
     assert json.loads((folder / "eval" / "classify.json").read_text()) == numbers
 
 
@@ -171,7 +173,6 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
     assert make_augmentation(WeightsAugmentConfig(), part, seed=1) is None
     names = set(vars(WeightsAugmentConfig())) - {"permute"}
     assert names == set(vars(WeightAugmentation()))
-    assert augment(phi, torch.Generator(), WeightAugmentation()) is not None
 
 
 @pytest.mark.parametrize(
@@ -184,6 +185,11 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
         (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
         (("reader.name=pixel_cnn", "augment.noise=1"), "this reader reads images"),
         (("reader.name=linear", "data.batch_size=129"), "fewer than one batch of 129"),
+        (("reader.name=dws", "data.batch_size=1"), "has batch norm, which needs a data.batch_size of 2"),
+        (("reader.name=ng_gnn", "reader.options.probes=4", "data.values=delta"), "set data.values=phi"),
+        (("reader.name=ng_t", "reader.options.heads=0"), "reader.name=ng_t cannot be made with"),
+        (("reader.name=mlp", "reader.options.width=-1"), "reader.name=mlp cannot be made with"),
+        (("reader.name=scalegmn", "reader.options.dropout=1.5"), "reader.options.dropout is 1.5"),
         (("reader.name=linear", "data.val_split=test", "data.holdout=0.1"), "set one of them"),
         (("reader.name=linear", "optim.lrr=1"), "lrr"),
     ],

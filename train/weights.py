@@ -9,7 +9,7 @@ python -m train.weights --resume run.dir=runs/NAME                go on where an
 python -m train.weights --evaluate run.dir=runs/NAME data.test_split=val
 
 At the end, and with --evaluate, the test split is read with the checkpoint `best`, or `last` where nothing is held out
-to choose it on: RUN/eval/classify.json (of another split or set than the run's: classify_SPLIT.json).
+to choose it on: RUN/eval/classify.json (of another split, set or data.limit than the run's: classify_SPLIT.json).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_pipes.read import open_split
@@ -207,6 +207,13 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     reader = make_reader(config.reader, layout=part.set.layout, classes=len(part.set.classes)).to(device)
     if config.optim.pretrain_epochs and not reader.pretrains:
         raise InputError(f"reader.name={config.reader.name} has no first phase; set optim.pretrain_epochs=0.")
+    if data.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in reader.modules()):
+        raise InputError(f"reader.name={config.reader.name} has batch norm, which needs a data.batch_size of 2 or more.")
+    if part.set.values == "delta" and getattr(reader.options, "probes", 0):
+        raise InputError(
+            "reader.options.probes asks the networks for their values, and offsets draw nothing; set data.values=phi, "
+            "or reader.options.probes=0."
+        )
     if reader.standardise is not None:
         reader.learn_statistics(*part.set.statistics())
     reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
@@ -297,7 +304,7 @@ def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig
         "values": reader.facts["values"], "step": int(folder.name.rpartition("-")[2]), "classes": list(result.classes),
         "confusion": confusion(result), "precision": config.run.precision, "device": str(device),
     }  # fmt: skip
-    differs = config.data.test_split != trained.data.test_split or config.data.path != trained.data.path
+    differs = any(getattr(config.data, key) != getattr(trained.data, key) for key in ("test_split", "path", "limit"))
     name = f"classify_{config.data.test_split}.json" if differs else "classify.json"
     (run / "eval").mkdir(exist_ok=True)
     write_json(run / "eval" / name, document)

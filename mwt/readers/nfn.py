@@ -275,8 +275,6 @@ class NFNReader(Reader):
         for name, least in (("channels", 1), ("layers", 1), ("head", 0), ("fourier", 0)):
             if getattr(options, name) < least:
                 raise InputError(f"reader.options.{name} is {getattr(options, name)}; it must be at least {least}.")
-        if not 0 <= options.dropout < 1:
-            raise InputError(f"reader.options.dropout is {options.dropout}; it must be at least 0 and below 1.")
         channels = 1
         self.encodings = nn.ModuleList()
         if options.fourier:
