@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -219,6 +220,24 @@ def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Pat
     (copy / "statistics.safetensors").unlink()
     with pytest.raises(InputError, match=r"statistics.safetensors is missing"):
         build(configured(copy, "reader.name=linear", "reader.input=standardise"), CPU)
+
+
+@pytest.mark.parametrize("values", ["phi", "delta"])
+def test_networks_held_out_are_not_in_the_statistics(networks: Path, values: str) -> None:
+    options = (f"data.values={values}", "reader.name=linear", "reader.input=standardise")
+    training = build(configured(networks, *options, "data.holdout=0.25"), CPU)
+    rows = load_weight_set(networks, "train", values).batch(training.train.places).weights.flat().double().numpy()
+    assert len(rows) == 96
+    standard = training.reader.standardise
+    assert standard is not None
+    np.testing.assert_allclose(standard.mean, rows.mean(0), rtol=0, atol=1e-6)
+    std = rows.std(0)
+    sine = std >= 1e-4  # the others, those of the shared output layer, are not scaled
+    np.testing.assert_allclose(standard.std[sine], std[sine], rtol=1e-4)
+    whole = build(configured(networks, *options), CPU).reader.standardise
+    assert whole is not None
+    np.testing.assert_allclose(whole.mean, load_weight_set(networks, "train", values).statistics()[0].flat()[0])
+    assert not torch.equal(whole.mean, standard.mean)
 
 
 def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path) -> None:

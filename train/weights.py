@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_pipes.read import open_split
+from data_pipes.weight_moments import Moments
 from data_pipes.weights import WeightSet, load_weight_set
 from mwt import runtime
 from mwt.checkpoint import check_run_directory
@@ -137,6 +138,15 @@ class Part:
         assert self.set.base is not None, "offsets have a base"
         return combine(phi, self.set.base, -1)
 
+    def statistics(self, places: Tensor) -> tuple[Weights, Weights]:
+        """Mean and deviation of every weight over these networks, each [1, …]: the set's own where it is these."""
+        if len(places) == len(self.set) and self.split == self.set.manifest.statistics["split"]:
+            return self.set.statistics()
+        moments = [Moments.of(self.set.batch(some).weights.flat()) for some in places.split(256)]
+        total = sum(moments[1:], start=moments[0])
+        mean, std = (Weights.unflatten(x[None].float(), self.set.layout) for x in (total.mean, total.std))
+        return mean, std
+
     def examples(self, places: Tensor, *, name: str, whole: bool = False) -> Examples:
         """Some networks of the split."""
         return Examples(name=name, places=places, read=partial(self.read, whole=whole))
@@ -214,10 +224,10 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
             "reader.options.probes asks the networks for their values, and offsets draw nothing; set data.values=phi, "
             "or reader.options.probes=0."
         )
-    if reader.standardise is not None:
-        reader.learn_statistics(*part.set.statistics())
-    reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
     places, held = choose_networks(config, part)
+    if reader.standardise is not None:
+        reader.learn_statistics(*part.statistics(places))
+    reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
     monitored = part.examples(held, name="val") if len(held) else None
     name = data.val_split or ("val" if "val" in part.set.manifest.splits and not data.holdout else None)
     if name:
