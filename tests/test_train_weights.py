@@ -192,6 +192,7 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
         (("reader.name=mlp", "reader.options.width=-1"), "reader.name=mlp cannot be made with"),
         (("reader.name=scalegmn", "reader.options.dropout=1.5"), "reader.options.dropout is 1.5"),
         (("reader.name=linear", "data.val_split=test", "data.holdout=0.1"), "set one of them"),
+        (("reader.name=linear", "data.val_split=test"), "chosen on what it is tested on"),
         (("reader.name=linear", "optim.lrr=1"), "lrr"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -229,7 +229,13 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
         reader.learn_statistics(*part.statistics(places))
     reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
     monitored = part.examples(held, name="val") if len(held) else None
-    name = data.val_split or ("val" if "val" in part.set.manifest.splits and not data.holdout else None)
+    if data.val_split is not None and data.val_split == data.test_split:
+        raise InputError(
+            f"data.val_split and data.test_split are both {data.test_split!r}: `best` would be chosen on what it is "
+            "tested on. Set data.holdout instead of data.val_split."
+        )
+    there = "val" in part.set.manifest.splits and data.test_split != "val" and not data.holdout
+    name = data.val_split or ("val" if there else None)
     if name:
         val = Part(config, name, device, images=images)
         monitored = val.examples(torch.arange(len(val.set))[: data.limit], name=name)
