@@ -123,6 +123,16 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
         assert {"reconstruction_loss", "classification_loss"} <= {key for line in lines[0] for key in line}
 
 
+def test_a_run_goes_on_with_its_own_networks_only(networks: Path, tmp_path: Path) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    assert run(networks, folder, "--debug", "reader.name=linear") == 0
+    shutil.copytree(networks, moved)
+    assert main(["--resume", f"run.dir={folder}", f"data.path={moved}"]) == 0
+    other = write_digits(tmp_path / "other", {"train": 129, "test": 40})
+    with pytest.raises(InputError, match="was trained on another set of networks"):
+        main(["--resume", f"run.dir={folder}", f"data.path={other}"])
+
+
 def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_path: Path) -> None:
     config = configured(networks, "reader.name=pixel_cnn")
     part = Part(config, "test", CPU, images=True)
@@ -186,7 +196,7 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
         (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
         (("reader.name=pixel_cnn", "augment.noise=1"), "this reader reads images"),
         (("reader.name=linear", "data.batch_size=129"), "fewer than one batch of 129"),
-        (("reader.name=dws", "data.batch_size=1"), "has batch norm, which needs a data.batch_size of 2"),
+        (("reader.name=dws", "data.batch_size=1"), "has batch norm; data.batch_size must be 2"),
         (("reader.name=ng_gnn", "reader.options.probes=4", "data.values=delta"), "set data.values=phi"),
         (("reader.name=ng_t", "reader.options.heads=0"), "reader.name=ng_t cannot be made with"),
         (("reader.name=mlp", "reader.options.width=-1"), "reader.name=mlp cannot be made with"),

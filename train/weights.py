@@ -218,7 +218,7 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     if config.optim.pretrain_epochs and not reader.pretrains:
         raise InputError(f"reader.name={config.reader.name} has no first phase; set optim.pretrain_epochs=0.")
     if data.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in reader.modules()):
-        raise InputError(f"reader.name={config.reader.name} has batch norm, which needs a data.batch_size of 2 or more.")
+        raise InputError(f"reader.name={config.reader.name} has batch norm; data.batch_size must be 2 or more.")
     if part.set.values == "delta" and getattr(reader.options, "probes", 0):
         raise InputError(
             "reader.options.probes asks the networks for their values, and offsets draw nothing; set data.values=phi, "
@@ -227,7 +227,10 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     places, held = choose_networks(config, part)
     if reader.standardise is not None:
         reader.learn_statistics(*part.statistics(places))
-    reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
+    reader.facts = {
+        "data": str(data.path), "values": part.set.values, "classes": list(part.set.classes),
+        "set": part.set.manifest.fingerprint,
+    }  # fmt: skip
     monitored = part.examples(held, name="val") if len(held) else None
     if data.val_split is not None and data.val_split == data.test_split:
         raise InputError(
