@@ -219,7 +219,7 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
         raise InputError(f"reader.name={config.reader.name} has no first phase; set optim.pretrain_epochs=0.")
     if data.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in reader.modules()):
         raise InputError(f"reader.name={config.reader.name} has batch norm; data.batch_size must be 2 or more.")
-    if part.set.values == "delta" and getattr(reader.options, "probes", 0):
+    if part.set.values == "delta" and getattr(reader.options, "probes", None):
         raise InputError(
             "reader.options.probes asks the networks for their values, and offsets draw nothing; set data.values=phi, "
             "or reader.options.probes=0."
