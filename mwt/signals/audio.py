@@ -17,7 +17,7 @@ from torch import Tensor
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
 from mwt.signals.pictures import write_picture
-from mwt.signals.task import Evaluation, Task, predict, show
+from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 LSD_WINDOW = 2048
 LARGEST = 2**22
@@ -217,7 +217,7 @@ class AudioTask(Task):
                 f"{paths[0]} has {samples:,} samples, more than the {LARGEST:,} that coordinates in float32 tell "
                 "apart: take a part (signal.start, signal.seconds), or a lower signal.rate."
             )
-        self.names = tuple(path.name for path in paths)
+        self.names = signal_names(paths)
         self.peaks = sounds.abs().flatten(1).amax(1)
         """Largest absolute amplitudes [N]: what is written is multiplied by them again."""
         self.truth = (sounds / self.peaks[:, None, None]).to(device)

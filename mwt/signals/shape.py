@@ -30,7 +30,7 @@ from mwt.signals.meshes import (
     write_mesh,
 )
 from mwt.signals.pictures import to_bytes, write_picture
-from mwt.signals.task import Evaluation, Task, show
+from mwt.signals.task import Evaluation, Task, show, signal_names
 
 NOWHERE = 2 * math.sqrt(3)
 """Chamfer distance of a field without a surface: the diagonal of the cube."""
@@ -131,7 +131,7 @@ class ShapeTask(Task):
 
     def __init__(self, paths: Sequence[Path], options: ShapeOptions, device: torch.device) -> None:
         self.options = options
-        self.names = tuple(path.name for path in paths)
+        self.names = signal_names(paths)
         self.channels = 1
         meshes = [read_mesh(path) for path in paths]
         for path, mesh in zip(paths, meshes, strict=True):

@@ -26,7 +26,7 @@ from mwt.rng import derived_seed
 from mwt.signals.dicom import read_dicom
 from mwt.signals.image import ImageOptions, ImageTask, centre
 from mwt.signals.pictures import PICTURES, psnr, read_picture, to_bytes, write_picture
-from mwt.signals.task import means, predict, show
+from mwt.signals.task import means, predict, show, signal_names
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class TomographyTask(ImageTask):
                     f"{path} is {len(picture)} pixels wide and {paths[0]} {len(slices[0])}; slices that are fitted "
                     "together have one size (signal.crop)."
                 )
-        self.names = tuple(path.name for path in paths)
+        self.names = signal_names(paths)
         self.options = options
         size = len(slices[0])
         if size < 4:
