@@ -1,7 +1,7 @@
 # `make` lists what there is. Needs Python 3.11 or newer with venv; everything else goes into .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-again test test-slow check bench report clean
+.PHONY: help quickstart quickstart-again fit-demo test test-slow check bench report clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -34,6 +34,20 @@ quickstart: .venv/installed ## train on the embedded digits, evaluate, write the
 quickstart-again: ## the same from the beginning
 	rm -rf runs/quickstart
 	@$(MAKE) --no-print-directory quickstart
+
+DEMO := runs/fit_demo
+TASKS := image audio tomography super_resolution inpainting denoising poisson shape radiance video
+
+fit-demo: .venv/installed-dev ## fit one signal per task, write one page with pictures, players and numbers (minutes)
+	rm -rf $(DEMO)
+	$(PY) -m data_pipes.prepare synthetic_scene --out $(DEMO)/data/scene
+	set -e; for task in $(TASKS); do \
+		path=; [ $$task != radiance ] || path=signal.path=$(DEMO)/data/scene; \
+		echo; $(PY) -m train.fit --config configs/fit/$$task.yaml run.dir=$(DEMO)/$$task $$path; \
+	done
+	$(PY) -m eval.gallery --runs $(TASKS:%=$(DEMO)/%) --out $(DEMO)/index.html --title "One signal per task" \
+		--floor image.psnr=30 audio.snr=25 "tomography.psnr=filtered back-projection+2" denoising.psnr=noisy+3 \
+		shape.iou=0.95 radiance.psnr=25
 
 test: .venv/installed-dev ## the fast tests
 	$(PY) -m pytest -n $(WORKERS)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipes.augment import augment
@@ -72,7 +71,7 @@ def check_split(manifest: Manifest, split: str, data: str | None) -> SplitReport
         try:
             if total is not None:
                 report.faults += _check_statistics(manifest, total)
-            if data is not None and manifest.signal.kind == "image":
+            if data is not None and "psnr" not in manifest.unmeasured:
                 _check_psnr(manifest, split, data, report)
         except InputError as error:
             report.faults.append(str(error))
@@ -109,8 +108,8 @@ def _row_faults(manifest: Description, tensors: dict[str, Tensor]) -> Iterator[s
     if not 0 <= int(tensors["copy"].min()) <= int(tensors["copy"].max()) <= manifest.copies:
         yield f"a copy is not in 0 … {manifest.copies}"
     for name, tensor in tensors.items():
-        may_be_nan = name == "psnr" and manifest.signal.kind != "image"
-        if tensor.dtype.is_floating_point and not may_be_nan and not bool(tensor.isfinite().all()):
+        known = name not in manifest.unmeasured
+        if tensor.dtype.is_floating_point and known and not bool(tensor.isfinite().all()):
             yield f"{name} holds numbers that are not finite"
 
 
@@ -120,15 +119,15 @@ def _check_statistics(manifest: Manifest, total: Moments) -> list[str]:
     file = manifest.folder / STATISTICS_FILE
     if total.count != manifest.statistics["count"]:
         faults.append(f"{file} is of {manifest.statistics['count']} networks, not of {total.count}.")
-    recorded = load_file(file) if file.is_file() else {}
     mean, std = (read_networks(file, manifest.layout, suffix) for suffix in (".mean", ".std"))
     base = read_networks(manifest.folder / BASE_FILE, manifest.layout) if manifest.has_base else None
     again = whole_statistics(manifest, base, total.mean, total.std)
-    for suffix, whole in zip((".mean", ".std"), again, strict=True):
+    for suffix, recorded, whole in zip((".mean", ".std"), (mean, std), again, strict=True):
+        written = layer_tensors(recorded)
         for name, tensor in layer_tensors(whole).items():
             largest = float(tensor.abs().max())
-            apart = float((recorded[name + suffix].double() - tensor[0]).abs().max())
-            if apart > _STATISTICS_TOLERANCE * max(largest, 1e-30):
+            apart = float((written[name].double() - tensor).abs().max())
+            if not apart <= _STATISTICS_TOLERANCE * max(largest, 1e-30):  # NaN is no match either
                 faults.append(f"{file}: {name}{suffix} differs by {apart:.3g} from that of the networks.")
     scalars = layer_scalars(manifest.layout, mean, std)
     for name, numbers in scalars.items():
@@ -174,6 +173,8 @@ def source_data(manifest: Manifest, given: str | None) -> tuple[str | None, str]
     """
     if manifest.signal.kind != "image":
         return None, "Distances of points have no PSNR: no network was drawn."
+    if not manifest.source:
+        return None, "Which signals they show is not known: no network was drawn."
     path = given or str(manifest.source.get("path", ""))
     is_here = given is not None or path.startswith(BUILTIN_PREFIX) or (Path(path) / "dataset.json").is_file()
     if not is_here:

@@ -48,7 +48,7 @@ class Description:
     steps: int
     """S: `loss` has S + 1 columns."""
     source: dict[str, Any]
-    """The signals: path, name, and the sha256 of its dataset.json."""
+    """The signals: path, name, and the sha256 of its dataset.json. Empty: not known; PSNR and losses are NaN."""
     fit: dict[str, Any]
     """How the networks were fitted: method, inner steps, fraction or number of points, model …"""
     train_split: str = "train"
@@ -70,6 +70,11 @@ class Description:
     def classes(self) -> tuple[str, ...]:
         """Names of the labels."""
         return self.signal.classes
+
+    @property
+    def unmeasured(self) -> tuple[str, ...]:
+        """Columns that are NaN: distance fields have no PSNR, what came without its signals has no losses either."""
+        return ("psnr", "loss") if not self.source else () if self.signal.kind == "image" else ("psnr",)
 
     @property
     def stored_layers(self) -> int:

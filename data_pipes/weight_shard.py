@@ -94,7 +94,7 @@ class OpenShard:
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {[len(places), *shape]}")
             ready = tensor.detach().to("cpu", kind).contiguous()
             bad = ~ready.reshape(len(places), -1).isfinite().all(1)
-            if name != "psnr" and bool(bad.any()):  # of point sets it is NaN
+            if name not in self.description.unmeasured and name != "psnr" and bool(bad.any()):
                 place = places[int(bad.nonzero()[0])]
                 raise InputError(
                     f"The network fitted to sample {place} of {self.task.split!r} (copy {copy}) has {name} that is not "

@@ -109,11 +109,13 @@ class WeightSetWriter:
             return self
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-            if not try_lock(self._lock):
+            handle = os.open(self._partial / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            if not try_lock(handle):
+                os.close(handle)  # not ours, and so is the folder: it stays
                 raise InputError(
                     f"Another process is writing to {self._partial}; wait for it, or choose another --out."
                 )
+            self._lock = handle
             self._take_up()
             self._check_room()
         except BaseException as error:
@@ -295,7 +297,7 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
         count = sum(shard.count for shard in shards)
         splits[split] = asdict(SplitInfo(count=count, shards=shards))
         mean = sum(note["psnr"] for _, note in part) / max(1, count)
-        psnr[split] = mean if description.signal.kind == "image" else None
+        psnr[split] = None if "psnr" in description.unmeasured else mean
         skipped[split] = sum(note["skipped"] for _, note in part)
     return {"splits": splits, "psnr": psnr, "skipped": skipped}
 

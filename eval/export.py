@@ -3,6 +3,7 @@
     python -m eval.export --run RUN --out DIR                          all splits, offsets from the base, fp32
     python -m eval.export --run RUN --out DIR --values phi --dtype fp16
     python -m eval.export --run RUN --out DIR --copies 4               and four augmented copies of each training image
+    python -m eval.export --run RUN --out DIR --format nfn             and the same as a tree for nfn's own loader
     python -m eval.export --run builtin:digits --out DIR               a model that comes with the package, or a folder
     accelerate launch --multi_gpu --num_processes 4 -m eval.export …   the same set, each process its own shards
 
@@ -29,6 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipes.augment import augment
+from data_pipes.convert import convert
+from data_pipes.foreign import FORMATS, check_format
+from data_pipes.foreign_plan import plan
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from data_pipes.weight_manifest import DTYPES, Description, Manifest, describe_source
@@ -67,6 +71,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="of a run with optim.ema; by default its average, ema"
     )
+    parser.add_argument(
+        "--format", choices=("native", *FORMATS), default="native",
+        help="of DIR; another than native is made of a weight set that stays in --native DIR",
+    )  # fmt: skip
+    parser.add_argument("--native", metavar="DIR", help="with --format: where that set lies (default: OUT-native)")
     parser.add_argument("--shard-mib", type=float, default=SHARD_BYTES / 2**20, help="size of a shard, about")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.* and run.* only")
     arguments = parser.parse_intermixed_args(argv)
@@ -74,6 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError(f"--copies is {arguments.copies}; it cannot be negative.")
     if arguments.augment and not arguments.copies:
         raise InputError("--augment is for copies, and there are none; add --copies N.")
+    if arguments.native and arguments.format == "native":
+        raise InputError("--native is for another --format; the weight set itself is written to --out.")
     if arguments.shard_mib <= 0:
         raise InputError(f"--shard-mib is {arguments.shard_mib}; it must be positive.")
     return arguments
@@ -318,16 +329,22 @@ def main(argv: list[str] | None = None) -> int:
     info = read_info(data.path, schemes=data.schemes)
     check_data_fits(run.model, info.facts, data.path)
     counts = splits_to_export(info, arguments.split, data)
+    foreign, out = arguments.format != "native", Path(arguments.out).expanduser().absolute()
+    native = arguments.native or out.with_name(f"{out.name}-native") if foreign else out
+    if foreign:
+        check_format(arguments.format, out, len(info.classes))  # before hours of fitting, not after
     siren = run.model.siren
     with torch.no_grad():
         base = siren.network_weights(siren.init_offsets(1), "phi")
     writer = WeightSetWriter(
-        arguments.out, describe(run, info, arguments, counts), counts, base=base, batch=run.config.run.eval_batch_size,
+        native, describe(run, info, arguments, counts), counts, base=base, batch=run.config.run.eval_batch_size,
         shard_bytes=int(arguments.shard_mib * 2**20), main=accelerator.is_main_process,
     )  # fmt: skip
     manifest = export(run, writer, counts, accelerator)
     if manifest is not None:
         show(manifest)
+        if foreign:
+            convert(plan(native, arguments.format, out))
     return 0
 
 

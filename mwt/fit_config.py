@@ -17,13 +17,14 @@ class FitOptimConfig:
     name: Literal["adam", "muon", "lbfgs"] = "adam"
     """muon: the matrices between hidden layers by Muon, everything else by Adam. lbfgs: all points, one signal."""
     lr: float = 1e-3
-    """Adam's rate; with muon that of everything but the hidden matrices; lbfgs's step, best left at 1."""
+    """Adam's rate; with muon that of everything but the hidden matrices; lbfgs's first step, for which give 1."""
     lr_muon: float | None = None
     """Muon's; null: 0.03 times the median spectral norm of the hidden matrices at the start (docs/muon.md)."""
     steps: int = 1000
     points: int | None = None
     """Points that a step sees, each once before any comes again; null: all."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Of adam and muon; lbfgs has a line search."""
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -32,6 +33,7 @@ class FitOptimConfig:
         _require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
         _require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
         _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        _require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
         _require(
             self.name != "lbfgs" or self.points is None,
             "optim.name=lbfgs looks along a line and needs the same points in each step: leave out optim.points.",
@@ -74,4 +76,4 @@ class FitConfig:
 
 
 FIT_DEBUG = ("optim.steps=4", "optim.points=256", "run.evaluations=2", "run.device=cpu", "field.mlp.width=16")
-"""What `--debug` adds: seconds, through everything."""
+"""What `--debug` adds: seconds, through everything. The points only where a step can do with some of them."""

@@ -110,7 +110,7 @@ class SignalFit:
         """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
 
         Raises:
-            TrainingError: a loss that is not finite; names the step and the signal.
+            TrainingError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
         """
         looks = set(evaluation_steps(self.config.steps, self.evaluations))
         while not self.finished:
@@ -152,11 +152,15 @@ class SignalFit:
         return seen[0]
 
     def _checked(self, losses: Tensor) -> float:
-        if not bool(losses.isfinite().all()):
-            name = self.task.names[int((~losses.isfinite()).nonzero()[0])]
+        finite = losses.isfinite()
+        for parameter in self.fields.parameters():  # the losses are those before the step
+            finite = finite & parameter.detach().isfinite().reshape(len(finite), -1).all(1)
+        if not bool(finite.all()):
+            name = self.task.names[int((~finite).nonzero()[0])]
+            rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
             raise TrainingError(
-                f"The loss of {name} was not finite at step {self.step}: the rates are too large for this field "
-                f"(optim.lr={self.config.lr:g}). Nothing of this fit can be used."
+                f"The fit of {name} was not finite at step {self.step}: the rates ({rates}) are too large for this "
+                "field. Nothing of this fit can be used."
             )
         return float(losses.mean())
 
@@ -203,13 +207,19 @@ class SignalFit:
             with safe_open(path, "pt") as file:
                 content = json.loads(file.metadata()["fit"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self.fields.load_state_dict(
-                {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
-            )
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            self._take(content, tensors)
+        except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
+
+    def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.fields.load_state_dict(
+            {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
+        )
         device = next(self.fields.parameters()).device
-        tensors = {name: value.to(device, copy=True) for name, value in tensors.items()}  # out of the file's alignment
+        counters = device if isinstance(self.optimizer, Muon) else torch.device("cpu")  # where torch's AdamW has them
+        tensors = {  # copies: out of the file's alignment
+            name: value.to(counters if name.endswith(".step") else device, copy=True) for name, value in tensors.items()
+        }
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, values in content["moments"].items():  # not `load_state_dict`, which rounds L-BFGS's scalars
             self.optimizer.state[parameters[int(index)]] = _with_tensors(values, tensors)

@@ -172,7 +172,7 @@ def _identity(program: str, words: list[str], overrides: list[str], config: Path
     schema = SCHEMAS[program]
     settings, defaults = flat(load_config(schema, config, overrides)), flat(schema())
     others = [word for word in words if config is None or word not in ("--config", str(config))]
-    differ = {key: value for key, value in settings.items() if value != defaults[key] and key not in NOT_THE_RESULT}
+    differ = {key: value for key, value in settings.items() if value != defaults.get(key) and key not in NOT_THE_RESULT}
     return {"words": others, "settings": differ}
 
 

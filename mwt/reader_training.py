@@ -22,6 +22,7 @@ from mwt.evaluation import Classification, autocast
 from mwt.optim import clip_gradients, make_schedule, step_if_finite
 from mwt.readers.interface import Reader
 from mwt.readers.knn import KNNReader
+from mwt.readers.saved import load_reader
 from mwt.readers.two_phase import TwoPhaseReader
 from mwt.rng import derived_seed, permutation
 from mwt.runtime import StopRequested
@@ -267,7 +268,6 @@ class ReaderTraining:
         """A checkpoint `name` ("last" or "best") in the run directory.
 
         Raises:
-            TrainingError: a step was not finite.
             OSError: disk full, no permission.
         """
         state = {
@@ -287,6 +287,12 @@ class ReaderTraining:
         newest = [name for name in ("best", "last") if has_checkpoint(self.directory, name)]
         if newest:
             folder = max(find_checkpoint(self.directory, name) for name in newest)
+            trained_on = load_reader(folder).facts.get("set")
+            if trained_on != self.reader.facts.get("set"):
+                raise InputError(
+                    f"{self.directory} was trained on another set of networks than this data.path holds. Resume it "
+                    "with its own, or begin a new run in another run.dir."
+                )
             self.step = int(folder.name.rpartition("-")[2])
             self._begin_phase()
             state = restore(folder, model=self.reader, optimizer=self.optimizer)

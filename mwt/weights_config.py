@@ -25,7 +25,7 @@ class WeightsDataConfig:
     train_split: str = "train"
     test_split: str = "test"
     val_split: str | None = None
-    """Where `best` is chosen; by default `val` where the set has it."""
+    """Where `best` is chosen; by default `val` where the set has it and is not tested on it."""
     holdout: float = 0.0
     """The share of the training split's signals that is held out instead, where there is no such split."""
     batch_size: int = 64

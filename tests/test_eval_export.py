@@ -285,6 +285,9 @@ def test_verify_finds_changed_files(whole: Path, tmp_path: Path) -> None:
     statistics.write_bytes(raw)
     with pytest.raises(InputError, match=r"statistics\.safetensors: .* differs by"):
         verify.main([str(folder)])
+    statistics.write_bytes(raw[:100])
+    with pytest.raises(InputError, match=r"statistics\.safetensors is missing or damaged"):
+        verify.main([str(folder)])
 
 
 def test_verify_wants_the_very_data(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

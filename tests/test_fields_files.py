@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from mwt.fields import (
     WithOffsets,
     build_field,
     evaluate,
+    files,
     load_field,
     save_field,
 )
@@ -141,6 +143,10 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "field.safetensors").unlink()
     with pytest.raises(InputError, match=r"field\.safetensors is missing"):
         load_field(tmp_path)
+    state = {name: value.int() for name, value in build("mlp").state_dict().items()}
+    save_file(state, tmp_path / "field.safetensors")
+    with pytest.raises(InputError, match=r"field\.safetensors: .* holds torch\.int32"):
+        load_field(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "field.safetensors")
     with pytest.raises(InputError, match=r"field\.safetensors"):
         load_field(tmp_path)
@@ -149,6 +155,19 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         load_field(tmp_path)
     with pytest.raises(InputError, match="frame has 1 axes and the field 2"):
         save_field(build("mlp"), Frame(kind="audio", axes=("t",), coordinate_range=(UNIT,)), tmp_path)
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors hides the system's error; programs tell people of an OSError."""
+
+    def full(state: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_field(build("mlp"), FRAME, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- frames ------------------------------------------------------------------------------------------------------

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from mwt.config_files import load_config, read_options
 from mwt.errors import InputError, TrainingError
-from mwt.fields import FieldConfig, evaluate, load_field
+from mwt.fields import FieldConfig, build_field, evaluate, load_field
 from mwt.fields.config import MLPConfig
-from mwt.fit_config import FitOptimConfig
+from mwt.fit_config import FitConfig, FitOptimConfig
 from mwt.fitting import SignalFit, evaluation_steps, fields_for
 from mwt.signals import TASKS, Sampler, signal_paths
 from mwt.signals.image import ImageTask
 from mwt.signals.pictures import read_picture
-from train.fit import main
+from train.fit import CONFIGS, main
 
 CPU = torch.device("cpu")
 SMALL = FieldConfig(mlp=MLPConfig(width=24, hidden_layers=2))
@@ -99,6 +102,20 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None
     assert [row["step"] for row in second.curve] == evaluation_steps(8, 3)
 
 
+def test_files_that_are_no_checkpoint_are_refused(folder: Path) -> None:
+    fit = fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=2))
+    path = folder / "checkpoint.safetensors"
+    fit.save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["fit"])
+    less = {name: value for name, value in tensors.items() if name != "optimizer.0.exp_avg"}
+    for saved, metadata in ((tensors, None), (less, content), (tensors, {**content, "curve": 0, "moments": []})):
+        save_file(saved, path, metadata=metadata and {"fit": json.dumps(metadata)})
+        with pytest.raises(InputError, match="is damaged, or of another fit"):
+            fit.restore(path)
+
+
 def test_every_point_comes_once_before_any_comes_again() -> None:
     sampler = Sampler(10, 3, 0, CPU)
     seen = torch.cat([sampler.index(step) for step in range(3)])
@@ -112,20 +129,51 @@ def test_a_loss_that_is_not_finite_names_step_and_signal(folder: Path) -> None:
         fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=30, lr=1e30))
 
 
-@pytest.mark.parametrize("mode", ["grey", "16 bits", "jpeg", "float array"])
+def test_a_last_step_that_spoils_the_weights_is_seen(folder: Path) -> None:
+    """Its loss, of before the step, is as it should be."""
+    task = image_task([folder / "0.png", folder / "1.png"])
+    fit = SignalFit(task, fields_for(SMALL, task, seed=3), FitOptimConfig(steps=1), 3, evaluations=1)
+    fit.fields.last.weight.register_hook(lambda gradient: torch.stack([gradient[0], gradient[1] * float("nan")]))
+    with pytest.raises(TrainingError, match=r"1.png was not finite at step 1.*0\.001"):
+        fit.run(lambda: False, lambda _: None, lambda: None)
+
+
+@pytest.mark.parametrize("mode", ["grey", "16 bits", "dark, 16 bits", "jpeg", "float array", "colours as grey"])
 def test_pictures_of_all_kinds(tmp_path: Path, mode: str) -> None:
     grey = picture(0, channels=1)
     if mode == "grey":
         Image.fromarray(grey).save(path := tmp_path / "a.png")
     elif mode == "16 bits":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path := tmp_path / "a.tiff")
+    elif mode == "dark, 16 bits":
+        grey = grey / 257
+        Image.fromarray(np.round(grey * 257).astype(np.uint16)).save(path := tmp_path / "a.tiff")
     elif mode == "jpeg":
         Image.fromarray(grey).save(path := tmp_path / "a.jpg", quality=100)
-    else:
+    elif mode == "float array":
         np.save(path := tmp_path / "a.npy", grey / 255)
-    found = read_picture(path)
+    else:
+        np.save(path := tmp_path / "a.npy", np.stack([grey] * 3, -1))
+    found = read_picture(path, grey=mode == "colours as grey")
     assert found.shape == (20, 24, 1)
     np.testing.assert_allclose(found[..., 0].numpy(), grey / 255, atol=0.02 if mode == "jpeg" else 1e-6)
+
+
+def test_pictures_of_an_unknown_range_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", picture(0).astype(np.int64))
+    with pytest.raises(InputError, match="holds int64; save uint8, uint16, or floats"):
+        read_picture(tmp_path / "a.npy")
+    Image.fromarray(picture(0, channels=1).astype(np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=r"a.tiff holds numbers outside \[0, 1\]"):
+        read_picture(tmp_path / "a.tiff")
+
+
+def test_a_turned_camera(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(picture(0)).save(tmp_path / "a.png", exif=exif)
+    expected = np.rot90(picture(0), -1) / 255
+    np.testing.assert_allclose(read_picture(tmp_path / "a.png").numpy(), expected, atol=1e-6)
 
 
 def run(*arguments: str) -> int:
@@ -153,6 +201,24 @@ def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixtu
     assert "finished" in capsys.readouterr().out
 
 
+def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:
+    Image.fromarray(picture(1)).save(folder / "0.bmp")
+    assert run(f"signal.path={folder}/0.*", f"run.dir={folder / 'run'}") == 0
+    assert set(json.loads((folder / "run/result.json").read_text())["signals"]) == {"000-0.bmp", "001-0.png"}
+    truths = [np.asarray(Image.open(folder / f"run/reconstruction/{stem}.truth.png")) for stem in ("000-0", "001-0")]
+    np.testing.assert_array_equal(truths, [picture(1), picture(0)])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_can_be_run_as_its_header_says(path: Path) -> None:
+    config = load_config(FitConfig, path)
+    assert f"python -m train.fit --config configs/fit/{path.name}" in path.read_text()
+    assert config.run.dir == f"runs/fit/{path.stem}"
+    options = {key: value for key, value in config.signal.items() if key != "path"}
+    read_options(TASKS[config.task].Options, options, path.name)
+    build_field(config.field, coordinate_dims=3, channels=3, seed=0)
+
+
 def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
     run(f"signal.path={folder}/0.png", f"run.dir={folder / 'run'}")
     found = json.loads((folder / "run/result.json").read_text())
@@ -178,7 +244,10 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
         (["signal.path={folder}/0.png", "task=inpainting", "signal.mask={folder}/10.png"], "mask .* is 9 x 9"),
         (["signal.path={folder}/0.png", "task=inpainting", "signal.box=[0,0,90,2]"], "does not lie within"),
         (["signal.path={folder}/0.png", "task=video"], "has one frame"),
-        (["signal.path={folder}/[12].png", "optim.name=lbfgs", "optim.points=null"], "one signal at a time"),
+        (["signal.path={folder}/0.png", "task=video", "signal.frames=0"], "signal.frames is 0"),
+        (["signal.path={folder}/0.png", "signal.scale=0"], "signal.scale is 0"),
+        (["signal.path={folder}/0.png", "signal.crop=1", "task=poisson"], "at least 2 pixels"),
+        (["signal.path={folder}/[12].png", "optim.name=lbfgs"], "one signal at a time"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
@@ -192,7 +261,7 @@ def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: 
 def test_every_task_goes_through_the_program(folder: Path) -> None:
     options = {
         "inpainting": ["signal.keep=0.5", "signal.text=ab", "optim.points=50"],
-        "super_resolution": ["signal.factor=2", "optim.points=null"],
+        "super_resolution": ["signal.factor=2"],
         "poisson": ["signal.given=laplacian", "optim.points=50"],
     }
     for task in ("image", "denoising", "inpainting", "super_resolution", "poisson"):

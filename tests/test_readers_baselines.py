@@ -232,6 +232,17 @@ def test_each_latent_of_inr2array_draws_its_own_patch() -> None:
         assert changed.tolist() == [patch == m for patch in patches]
 
 
+def test_patches_are_drawn_in_full_precision() -> None:
+    decoder = make("inr2array").float().decoder  # type: ignore[union-attr]
+    codes, coords = torch.randn(2, 4, 16), torch.rand(50, D) * 2 - 1
+    with torch.no_grad():
+        decoder.make.weight.zero_()  # the SIRENs are the bias, which no precision of the product changes
+        decoder.make.bias.copy_(decoder.make.bias.bfloat16())
+        exact = decoder(codes, coords)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            torch.testing.assert_close(decoder(codes, coords), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", TWO_PHASE)
 def test_a_first_phase_learns_to_draw_and_a_frozen_encoder_stays(name: str) -> None:
     torch.manual_seed(0)

@@ -14,7 +14,7 @@ from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, build_field
 from mwt.fields.config import MLPConfig
 from mwt.signals import pictures, poisson, restoration
-from mwt.signals.image import ImageTask, image_frame
+from mwt.signals.image import ImageTask, centre, image_frame
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 
 CPU = torch.device("cpu")
@@ -59,6 +59,12 @@ def test_a_field_that_is_the_picture_has_no_error(path: Path) -> None:
     assert float(task.loss(Exact(), index, torch.Generator())) < 1e-10
 
 
+def test_the_square_in_the_middle() -> None:
+    pictures_ = torch.arange(5 * 8.0).view(1, 5, 8, 1)
+    assert centre(pictures_, 3)[0, ..., 0].tolist() == [[10, 11, 12], [18, 19, 20], [26, 27, 28]]
+    assert centre(pictures_, None) is pictures_
+
+
 def test_aspect_keeps_pixels_square() -> None:
     frame = image_frame(100, 200, ImageTask.Options(aspect="keep"))
     assert frame.coordinate_range == ((-0.5, 0.5), (-1.0, 1.0))
@@ -70,6 +76,13 @@ def test_making_small_against_pillow(factor: int) -> None:
     image = np.random.default_rng(0).random((24, 36), dtype=np.float32)
     ours = restoration.downsample(torch.from_numpy(image)[None, ..., None], factor)[0, ..., 0]
     theirs = Image.fromarray(image).resize((36 // factor, 24 // factor), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
+
+
+def test_the_bicubic_baseline_is_pillows() -> None:
+    image = np.random.default_rng(0).random((9, 7), dtype=np.float32)
+    ours = restoration.upsample(torch.from_numpy(image)[None, ..., None], 3)[0, ..., 0]
+    theirs = Image.fromarray(image).resize((21, 27), Image.Resampling.BICUBIC)
     np.testing.assert_allclose(ours.numpy(), np.asarray(theirs), atol=2e-5)
 
 
@@ -108,6 +121,14 @@ def test_what_is_missing_is_not_seen(path: Path) -> None:
     task.values[:, ~missing] += 1
     assert loss() != before
     assert task.baselines()["linear"]["psnr"] > task.baselines()["linear"]["psnr_missing"] > 15
+
+
+def test_known_pixels_on_a_line_have_a_baseline(path: Path) -> None:
+    """There are no triangles between them: every missing pixel is the nearest known one."""
+    task = InpaintingTask([path], InpaintingTask.Options(box=(1, 0, 31, 40)), CPU)
+    filled = restoration._interpolated(task.truth[0], task.known)
+    torch.testing.assert_close(filled, task.truth[0][:1].expand(32, 40, 3))
+    assert task.baselines()["linear"]["psnr"] > 5
 
 
 def test_noise_has_the_size_that_is_said() -> None:

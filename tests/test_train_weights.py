@@ -8,18 +8,22 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipes.decode import encode_png
 from data_pipes.read import open_split
+from data_pipes.schema import read_info
 from data_pipes.weights import load_weight_set
+from data_pipes.write import Sample, write_dataset
 from mwt.config_files import load_config
 from mwt.errors import InputError, TrainingError
 from mwt.observe import pixels
 from mwt.reader_training import ReaderTraining
 from mwt.readers import load_reader
-from mwt.symmetry import WeightAugmentation, augment
+from mwt.symmetry import WeightAugmentation
 from mwt.tracking import read_metrics
 from mwt.weights_config import WeightsAugmentConfig, WeightsConfig
 from tests.digits_weights import write_digits
@@ -70,6 +74,8 @@ def test_a_linear_probe_learns_and_says_so(networks: Path, tmp_path: Path, capsy
     )
     assert run(networks, folder, "--evaluate", "data.test_split=train") == 0
     assert json.loads((folder / "eval" / "classify_train.json").read_text())["count"] == 128
+    assert run(networks, folder, "--evaluate", "data.limit=7") == 0
+    assert json.loads((folder / "eval" / "classify_test.json").read_text())["count"] == 7
     assert json.loads((folder / "eval" / "classify.json").read_text()) == numbers
 
 
@@ -117,7 +123,17 @@ def test_stopped_and_resumed_is_as_if_never_stopped(
         assert {"reconstruction_loss", "classification_loss"} <= {key for line in lines[0] for key in line}
 
 
-def test_images_are_those_that_the_networks_were_fitted_to(networks: Path) -> None:
+def test_a_run_goes_on_with_its_own_networks_only(networks: Path, tmp_path: Path) -> None:
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    assert run(networks, folder, "--debug", "reader.name=linear") == 0
+    shutil.copytree(networks, moved)
+    assert main(["--resume", f"run.dir={folder}", f"data.path={moved}"]) == 0
+    other = write_digits(tmp_path / "other", {"train": 129, "test": 40})
+    with pytest.raises(InputError, match="was trained on another set of networks"):
+        main(["--resume", f"run.dir={folder}", f"data.path={other}"])
+
+
+def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_path: Path) -> None:
     config = configured(networks, "reader.name=pixel_cnn")
     part = Part(config, "test", CPU, images=True)
     [batch] = open_split("builtin:digits", "test", device=CPU, limit=40).batches(batch_size=40)
@@ -126,6 +142,12 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path) -> No
     assert batch.images is not None
     torch.testing.assert_close(sample.inputs, pixels(batch.images).mT.unflatten(2, (8, 8))[places])
     assert torch.equal(sample.labels, batch.labels[places])
+    other = tmp_path / "other"
+    facts = read_info("builtin:digits").facts
+    image = Sample(extension="png", data=encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), label=0)
+    write_dataset(other, name="o", facts=facts, licence="", splits={"test": [image] * 40})
+    with pytest.raises(InputError, match="have other labels in 'test'"):
+        Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
 
 
 def test_copies_of_a_signal_are_held_out_together(tmp_path: Path) -> None:
@@ -162,7 +184,6 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
     assert make_augmentation(WeightsAugmentConfig(), part, seed=1) is None
     names = set(vars(WeightsAugmentConfig())) - {"permute"}
     assert names == set(vars(WeightAugmentation()))
-    assert augment(phi, torch.Generator(), WeightAugmentation()) is not None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +196,13 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
         (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
         (("reader.name=pixel_cnn", "augment.noise=1"), "this reader reads images"),
         (("reader.name=linear", "data.batch_size=129"), "fewer than one batch of 129"),
+        (("reader.name=dws", "data.batch_size=1"), "has batch norm; data.batch_size must be 2"),
+        (("reader.name=ng_gnn", "reader.options.probes=4", "data.values=delta"), "set data.values=phi"),
+        (("reader.name=ng_t", "reader.options.heads=0"), "reader.name=ng_t cannot be made with"),
+        (("reader.name=mlp", "reader.options.width=-1"), "reader.name=mlp cannot be made with"),
+        (("reader.name=scalegmn", "reader.options.dropout=1.5"), "reader.options.dropout is 1.5"),
         (("reader.name=linear", "data.val_split=test", "data.holdout=0.1"), "set one of them"),
+        (("reader.name=linear", "data.val_split=test"), "chosen on what it is tested on"),
         (("reader.name=linear", "optim.lrr=1"), "lrr"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -204,6 +231,24 @@ def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Pat
     (copy / "statistics.safetensors").unlink()
     with pytest.raises(InputError, match=r"statistics.safetensors is missing"):
         build(configured(copy, "reader.name=linear", "reader.input=standardise"), CPU)
+
+
+@pytest.mark.parametrize("values", ["phi", "delta"])
+def test_networks_held_out_are_not_in_the_statistics(networks: Path, values: str) -> None:
+    options = (f"data.values={values}", "reader.name=linear", "reader.input=standardise")
+    training = build(configured(networks, *options, "data.holdout=0.25"), CPU)
+    rows = load_weight_set(networks, "train", values).batch(training.train.places).weights.flat().double().numpy()
+    assert len(rows) == 96
+    standard = training.reader.standardise
+    assert standard is not None
+    np.testing.assert_allclose(standard.mean, rows.mean(0), rtol=0, atol=1e-6)
+    std = rows.std(0)
+    sine = std >= 1e-4  # the others, those of the shared output layer, are not scaled
+    np.testing.assert_allclose(standard.std[sine], std[sine], rtol=1e-4)
+    whole = build(configured(networks, *options), CPU).reader.standardise
+    assert whole is not None
+    np.testing.assert_allclose(whole.mean, load_weight_set(networks, "train", values).statistics()[0].flat()[0])
+    assert not torch.equal(whole.mean, standard.mean)
 
 
 def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path) -> None:

@@ -165,11 +165,16 @@ def test_it_goes_through_a_data_loader_and_through_pickle(folder: Path) -> None:
     assert torch.equal(again.batch([5]).weights.flat(), networks.batch([5]).weights.flat())
 
 
-def test_the_numpy_reader_of_the_docs(folder: Path) -> None:
+def read_as_the_docs_do(folder: Path) -> dict[str, Any]:
     text = (ROOT / "docs" / "weight_sets.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "import numpy" in block)
     names: dict[str, Any] = {}
     exec(code.replace("sets/fashion_mnist", str(folder)), names)
+    return names
+
+
+def test_the_numpy_reader_of_the_docs(folder: Path, tmp_path: Path) -> None:
+    names = read_as_the_docs_do(folder)
     batch = load_weight_set(folder, "train", "phi").batch(range(11))
     for i in range(2):
         np.testing.assert_allclose(names["weights"][i], batch.weights.weights[i], rtol=0, atol=1e-7)
@@ -177,6 +182,12 @@ def test_the_numpy_reader_of_the_docs(folder: Path) -> None:
     np.testing.assert_array_equal(names["output"][0], batch.weights.weights[2][0])
     assert names["labels"].tolist() == batch.labels.tolist()
     assert names["psnr"].tolist() == batch.psnr.tolist()
+    alone = replace(SHARED, shared_output=False)  # as independent fits: no base, an output layer for each network
+    out = write(tmp_path / "set", describe(values="phi", layout=alone, has_base=False))
+    batch, names = load_weight_set(out, "train").batch(range(11)), read_as_the_docs_do(out)
+    ours, theirs = ((*x["weights"], *x["biases"]) for x in (names, batch.weights._asdict()))
+    for found, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_without_a_base_there_are_no_differences(tmp_path: Path) -> None:
@@ -321,6 +332,20 @@ def test_another_set_is_refused(folder: Path, tmp_path: Path) -> None:
         WeightSetWriter(tmp_path / "file", describe(), COUNTS, base=base),
     ):
         pass
+
+
+def test_two_programs_at_once(tmp_path: Path) -> None:
+    """The second is refused, and takes nothing from the first, which has finished no shard yet."""
+
+    def begun() -> WeightSetWriter:
+        return WeightSetWriter(tmp_path / "set", describe(), COUNTS, base=network(SHARED, 77), shard_bytes=1200)
+
+    with begun() as first:
+        with pytest.raises(InputError, match="Another process is writing"), begun():
+            pass
+        fill(first, first.missing())
+        first.finish()
+    assert len(load_weight_set(tmp_path / "set", "train")) == 11
 
 
 def test_a_full_disk_is_refused_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

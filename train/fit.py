@@ -8,7 +8,7 @@ python -m train.fit --config F.yaml --debug                       seconds on the
 python -m train.fit --resume run.dir=runs/NAME                    go on where an interrupted fit stopped
 
 Writes RUN/result.json, metrics.jsonl, field/ (`mwt.fields.load_field`), reconstruction/, curves.png, ranks.png and
-progress.gif. Signals of a folder or a glob that have one shape are fitted as one batch, the others one after another.
+progress.gif. The signals of a folder or a glob have one shape and are fitted as one batch, each as if alone.
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FitConfig]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
-    if arguments.debug:
-        own_dir = any(item.startswith("run.dir=") for item in overrides)
-        overrides = [*FIT_DEBUG, *([] if own_dir else ["run.dir=runs/debug"]), *overrides]
+    if arguments.debug and not any(item.startswith("run.dir=") for item in overrides):
+        overrides = ["run.dir=runs/debug", *overrides]
     path = arguments.config
     if arguments.resume and path is None:  # the run knows its configuration
         path = Path(load_config(FitConfig, None, overrides).run.dir) / "config.yaml"
-    return arguments, load_config(FitConfig, path, overrides)
+    config = load_config(FitConfig, path, overrides)
+    if not arguments.debug:
+        return arguments, config
+    whole = config.optim.name == "lbfgs" or (config.task in TASKS and not TASKS[config.task].subsets)
+    added = [item for item in FIT_DEBUG if not (whole and item.startswith("optim.points="))]
+    return arguments, load_config(FitConfig, path, [*added, *overrides])
 
 
 def make_task(config: FitConfig, device: torch.device) -> Task:

@@ -228,11 +228,14 @@ def write_shards(fitter: Fitter, writer: WeightSetWriter, tasks: list[ShardTask]
 # ---- the program -------------------------------------------------------------------------------------------------
 
 
-def pays(config: FitSetConfig, info: DatasetInfo, writer: WeightSetWriter, device: torch.device, world: int) -> bool:
-    """Whether this process compiles its steps."""
+def pays(config: FitSetConfig, info: DatasetInfo, writer: WeightSetWriter, device: torch.device) -> bool:
+    """Whether steps are compiled: for the whole set, as compiled steps round otherwise.
+
+    So neither the number of processes nor what is left after an interruption changes what becomes of a network.
+    """
     points = config.fit.points or (info.height or 28) * (info.width or 28)
     slots = config.run.slots or slots_for(points, device)
-    steps = sum(task.count for task in writer.missing()) // world * config.fit.steps // slots
+    steps = sum(task.count for task in writer.tasks) * config.fit.steps // slots
     saved = slots * points * sum(config.network.hidden) * SINE_SAVES  # a step
     return runtime.compile_pays(config.run.compile, device, steps, int(saved / runtime.COMPILING_SAVES))
 
@@ -274,7 +277,7 @@ def make_set(
         if main:
             announce(config, writer, counts, device)
         accelerator.wait_for_everyone()  # the folder is there
-        tasks, compiled = writer.missing(rank=rank, world=world), pays(config, info, writer, device, world)
+        tasks, compiled = writer.missing(rank=rank, world=world), pays(config, info, writer, device)
         accelerator.wait_for_everyone()  # all know their share before anybody writes
         total, what = sum(task.count for task in tasks), f"process 1 of {world}" if world > 1 else None
         with tqdm(total=total, unit="fit", desc=what, dynamic_ncols=True, disable=None if main else True) as bar:

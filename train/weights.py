@@ -9,7 +9,7 @@ python -m train.weights --resume run.dir=runs/NAME                go on where an
 python -m train.weights --evaluate run.dir=runs/NAME data.test_split=val
 
 At the end, and with --evaluate, the test split is read with the checkpoint `best`, or `last` where nothing is held out
-to choose it on: RUN/eval/classify.json (of another split or set than the run's: classify_SPLIT.json).
+to choose it on: RUN/eval/classify.json (of another split, set or data.limit than the run's: classify_SPLIT.json).
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_pipes.read import open_split
+from data_pipes.weight_moments import Moments
 from data_pipes.weights import WeightSet, load_weight_set
 from mwt import runtime
 from mwt.checkpoint import check_run_directory
@@ -98,16 +99,22 @@ class Part:
         """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
         path = config.data.images or str(self.set.manifest.source.get("path", ""))
         source = open_split(path, self.split, device=self.device, reader="resident")
-        found = []
+        found, labels = [], []
         for batch in source.batches(batch_size=1024):
             if batch.images is None:
                 raise InputError(f"reader.name={config.reader.name} reads images; {path} holds point sets.")
             found.append(pixels(batch.images).mT.unflatten(2, batch.images.shape[-2:]))
-        images = torch.cat(found)
-        if len(images) <= int(self.set.column("index").max()):
+            labels.append(batch.labels)
+        images, index = torch.cat(found), self.set.column("index")
+        if len(images) <= int(index.max()):
             raise InputError(
                 f"{path} has {len(images)} images in {self.split!r}, fewer than the networks of {self.set.path} were "
                 "fitted to; name their data set with data.images."
+            )
+        if not torch.equal(torch.cat(labels)[index], self.set.column("label")):
+            raise InputError(
+                f"The images of {path} have other labels in {self.split!r} than the networks of {self.set.path}: they "
+                "are not those that these were fitted to. Name their data set with data.images."
             )
         return images
 
@@ -130,6 +137,15 @@ class Part:
             return phi
         assert self.set.base is not None, "offsets have a base"
         return combine(phi, self.set.base, -1)
+
+    def statistics(self, places: Tensor) -> tuple[Weights, Weights]:
+        """Mean and deviation of every weight over these networks, each [1, …]: the set's own where it is these."""
+        if len(places) == len(self.set) and self.split == self.set.manifest.statistics["split"]:
+            return self.set.statistics()
+        moments = [Moments.of(self.set.batch(some).weights.flat()) for some in places.split(256)]
+        total = sum(moments[1:], start=moments[0])
+        mean, std = (Weights.unflatten(x[None].float(), self.set.layout) for x in (total.mean, total.std))
+        return mean, std
 
     def examples(self, places: Tensor, *, name: str, whole: bool = False) -> Examples:
         """Some networks of the split."""
@@ -201,12 +217,28 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     reader = make_reader(config.reader, layout=part.set.layout, classes=len(part.set.classes)).to(device)
     if config.optim.pretrain_epochs and not reader.pretrains:
         raise InputError(f"reader.name={config.reader.name} has no first phase; set optim.pretrain_epochs=0.")
-    if reader.standardise is not None:
-        reader.learn_statistics(*part.set.statistics())
-    reader.facts = {"data": str(data.path), "values": part.set.values, "classes": list(part.set.classes)}
+    if data.batch_size == 1 and any(isinstance(module, nn.BatchNorm1d) for module in reader.modules()):
+        raise InputError(f"reader.name={config.reader.name} has batch norm; data.batch_size must be 2 or more.")
+    if part.set.values == "delta" and getattr(reader.options, "probes", None):
+        raise InputError(
+            "reader.options.probes asks the networks for their values, and offsets draw nothing; set data.values=phi, "
+            "or reader.options.probes=0."
+        )
     places, held = choose_networks(config, part)
+    if reader.standardise is not None:
+        reader.learn_statistics(*part.statistics(places))
+    reader.facts = {
+        "data": str(data.path), "values": part.set.values, "classes": list(part.set.classes),
+        "set": part.set.manifest.fingerprint,
+    }  # fmt: skip
     monitored = part.examples(held, name="val") if len(held) else None
-    name = data.val_split or ("val" if "val" in part.set.manifest.splits and not data.holdout else None)
+    if data.val_split is not None and data.val_split == data.test_split:
+        raise InputError(
+            f"data.val_split and data.test_split are both {data.test_split!r}: `best` would be chosen on what it is "
+            "tested on. Set data.holdout instead of data.val_split."
+        )
+    there = "val" in part.set.manifest.splits and data.test_split != "val" and not data.holdout
+    name = data.val_split or ("val" if there else None)
     if name:
         val = Part(config, name, device, images=images)
         monitored = val.examples(torch.arange(len(val.set))[: data.limit], name=name)
@@ -291,7 +323,7 @@ def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig
         "values": reader.facts["values"], "step": int(folder.name.rpartition("-")[2]), "classes": list(result.classes),
         "confusion": confusion(result), "precision": config.run.precision, "device": str(device),
     }  # fmt: skip
-    differs = config.data.test_split != trained.data.test_split or config.data.path != trained.data.path
+    differs = any(getattr(config.data, key) != getattr(trained.data, key) for key in ("test_split", "path", "limit"))
     name = f"classify_{config.data.test_split}.json" if differs else "classify.json"
     (run / "eval").mkdir(exist_ok=True)
     write_json(run / "eval" / name, document)

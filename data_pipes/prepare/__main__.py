@@ -1,4 +1,4 @@
-"""Make shards from a data set, or from a folder of images."""
+"""Make shards from a data set or a folder of images, or a signal for `train.fit`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from typing import Any
 import PIL
 from tqdm import tqdm
 
-from data_pipes.prepare import cifar10, digits, folder, imagenet1k, imagenette, mnist, modelnet40
+from data_pipes.prepare import (
+    bunny,
+    cifar10,
+    digits,
+    folder,
+    imagenet1k,
+    imagenette,
+    mnist,
+    modelnet40,
+    synthetic_scene,
+)
 from data_pipes.prepare.images import FITS
 from data_pipes.prepare.source import Part, Request, Source, check_fraction
 from data_pipes.processes import available_cores
@@ -33,6 +43,8 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
     "modelnet40": modelnet40.load,
     "folder": folder.load,
 }
+SIGNALS = ("bunny", "synthetic_scene")
+"""No data sets: a mesh and a scene, for `train.fit`."""
 IN_MEMORY = {"digits", "mnist", "fashion_mnist", "cifar10", "cifar10_trainval"}
 """Encoded faster than other processes start."""
 _MAX_WORKERS = 16
@@ -40,12 +52,13 @@ _MAX_WORKERS = 16
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipes.prepare", description=__doc__)
-    parser.add_argument("name", choices=list(SOURCES), metavar="NAME", help=", ".join(SOURCES))
+    parser.add_argument("name", choices=[*SOURCES, *SIGNALS], metavar="NAME", help=", ".join([*SOURCES, *SIGNALS]))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
     parser.add_argument(
         "--src", type=Path, metavar="DIR",
         help="folder (or archive) with the original files, instead of a download. "
-        f"imagenet1k: {imagenet1k.LAYOUT}. modelnet40: {modelnet40.LAYOUT}. folder: {folder.LAYOUT}",
+        f"imagenet1k: {imagenet1k.LAYOUT}. modelnet40: {modelnet40.LAYOUT}. folder: {folder.LAYOUT}. "
+        f"bunny: {bunny.LAYOUT}",
     )  # fmt: skip
     parser.add_argument("--size", metavar="N|HxW", help="resize to N x N, or H x W (imagenette, imagenet1k: 320)")
     parser.add_argument(
@@ -62,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--test-fraction", type=float, metavar="F",
         help="`folder` only: make a test split of this share (default 0.2 where SRC has no splits)",
     )  # fmt: skip
+    parser.add_argument("--views", type=int, metavar="N", help="`synthetic_scene` only: cameras (default 40)")
     parser.add_argument(
         "--channels", type=int, choices=(1, 3), help="`folder` only: grey or RGB (default: grey if every image is)"
     )
@@ -90,6 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the program. Raises InputError for whatever the person can mend."""
     options = _parser().parse_args(argv)
     check_new(options.out.expanduser())  # before the work, not after
+    if options.name in SIGNALS:
+        _make_signal(options)
+        return
     check_fraction("val-fraction", options.val_fraction)
     check_fraction("test-fraction", options.test_fraction)
     if options.workers is not None and options.workers < 0:
@@ -108,6 +125,18 @@ def main(argv: list[str] | None = None) -> None:
         print(note)
     workers = _workers(options.name, source, options.workers)
     _report(_write(options.out.expanduser(), source, request, workers, round(options.shard_mib * 2**20)))
+
+
+def _make_signal(options: argparse.Namespace) -> None:
+    out = options.out.expanduser()
+    if options.name == "bunny":
+        made, task = bunny.make(None if options.src is None else options.src.expanduser(), out), "shape"
+    else:
+        size = _size(options.size) or (64, 64)
+        if size[0] != size[1]:
+            raise InputError(f"--size is {options.size}; the pictures of synthetic_scene are square.")
+        made, task = synthetic_scene.make(out, size[0], 40 if options.views is None else options.views), "radiance"
+    print(f"Written: {made}. Next: python -m train.fit --config configs/fit/{task}.yaml signal.path={made}")
 
 
 def _workers(name: str, source: Source, wanted: int | None) -> int:

@@ -45,7 +45,7 @@ Sources and differences between papers and codes:
 * finer: Liu et al. 2024. Their code leaves the factor abs(z) + 1 out of the gradient (`detach_scale`). Derivatives with
   respect to coordinates are then wrong (order 0); with detach_scale=false they are right.
 * wire: Saragadam et al. 2023. First layer real, the others complex, width / sqrt 2, output the real part; omega and s
-  as set for images (10 and 40 in the module). Keep omega / s below 2, or values overflow.
+  as set for images (10 and 40 in the module). A layer's values are at most exp((omega / 2 s)^2): keep omega / s to 2.
 * wire_real: with a sine, as in the code of McGinnis et al. 2025 (Muon); WIRE's own real variant has a cosine.
 * spder: Shah and Sitawarin 2023. The second derivative is infinite where z = 0; here it is cut off (see `Spder`).
 * hosc: Serrano et al. 2024, with beta 8 as in public reimplementations. omega 30 and SIREN's weights are our choice.

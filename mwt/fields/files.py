@@ -10,6 +10,7 @@ FOLDER/field.json          {"schema", "field": {"name", NAME: {...}}, "coordinat
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -46,8 +47,13 @@ def save_field(field: Field, frame: Frame, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in field.state_dict().items()}
     temporary = folder / f".{WEIGHTS}"
-    save_file(state, temporary)
-    temporary.replace(folder / WEIGHTS)
+    try:
+        save_file(state, temporary)
+        temporary.replace(folder / WEIGHTS)
+    except SafetensorError as error:  # wraps the system's errors, whose text alone names them
+        raise OSError(errno.EIO, f"the field could not be written ({error})", str(folder / WEIGHTS)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     content = {
         "schema": SCHEMA,
         "field": {"name": config.name, config.name: asdict(field_block(config))},
@@ -136,3 +142,5 @@ def _check_state(field: Field, state: dict[str, Tensor], path: Path) -> None:
             raise InputError(f"{path}: {name} does not belong to the field that {ARCHITECTURE} describes.")
         if own[name].shape != state[name].shape:
             raise InputError(f"{path}: {name} is {list(state[name].shape)}; it should be {list(own[name].shape)}.")
+        if own[name].is_floating_point() != state[name].is_floating_point():
+            raise InputError(f"{path}: {name} holds {state[name].dtype}; it should be floating-point numbers.")

@@ -52,7 +52,15 @@ def make_reader(config: ReaderConfig, *, layout: Layout, classes: int) -> Reader
     """
     if config.name not in READERS:
         raise InputError(f"reader.name is {config.name!r}; there are {', '.join(READERS)}.")
-    return READERS[config.name](config, layout=layout, classes=classes)
+    try:
+        return READERS[config.name](config, layout=layout, classes=classes)
+    except InputError:
+        raise
+    except (ValueError, ArithmeticError, RuntimeError, AssertionError) as error:  # heads=0, width=-1, …
+        raise InputError(
+            f"reader.name={config.name} cannot be made with reader.options={config.options}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
 
 
 __all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "load_reader", "make_reader"]

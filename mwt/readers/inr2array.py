@@ -179,12 +179,14 @@ class PatchDecoder(nn.Module):
         within = (coords + 1) * self.patches - 2 * cell - 1
         strides = self.patches ** torch.arange(coords.shape[1] - 1, -1, -1, device=coords.device)
         patch = (cell.long() * strides).sum(-1)
-        made = self.make(latents)
+        made = self.make(latents).to(coords.dtype)
         order = patch.argsort(stable=True)
         drawn = []
-        for m, points in enumerate(within[order].split(patch.bincount(minlength=latents.shape[1]).tolist())):
-            if len(points):
-                drawn.append(render(self.field, Weights.unflatten(made[:, m], self.field), points))
+        # Coordinates times omega needs more digits than bf16 has, as in `Siren.render`.
+        with torch.autocast(coords.device.type, enabled=False):
+            for m, points in enumerate(within[order].split(patch.bincount(minlength=latents.shape[1]).tolist())):
+                if len(points):
+                    drawn.append(render(self.field, Weights.unflatten(made[:, m], self.field), points))
         return torch.cat(drawn, dim=1)[:, order.argsort()]
 
 

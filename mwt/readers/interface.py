@@ -108,6 +108,8 @@ class Reader(nn.Module):
         self.layout = layout
         self.classes = classes
         self.options: Any = read_options(self.Options, config.options, f"reader.options of {config.name}")
+        if not 0 <= (dropout := getattr(self.options, "dropout", 0.0)) < 1:
+            raise InputError(f"reader.options.dropout is {dropout}; it must be at least 0 and below 1.")
         self.compiled = False
         """Whether training may go through torch.compile; see `MetaWeightTransformer.compile_parts`."""
         self.input = config.input

@@ -1,4 +1,4 @@
-"""A plain perceptron on all weights in one vector, and a linear probe: what knows nothing of networks."""
+"""A plain perceptron on all weights in one vector: what knows nothing of networks."""
 
 from __future__ import annotations
 

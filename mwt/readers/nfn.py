@@ -200,11 +200,12 @@ class FourierFeatures(nn.Module):
         self.register_buffer("frequencies", torch.randn(count, channels) * scale)
 
     def forward(self, features: Weights) -> Weights:
-        """[B, C, ...] to [B, 2 count, ...]."""
+        """[B, C, ...] to [B, 2 count, ...]; always in full precision, for half has too few digits for many turns."""
 
         def encode(x: Tensor) -> Tensor:
-            angles = 2 * math.pi * (self.frequencies @ x.flatten(2))
-            return torch.cat([angles.sin(), angles.cos()], dim=1).unflatten(2, x.shape[2:])
+            with torch.autocast(x.device.type, enabled=False):
+                angles = 2 * math.pi * (self.frequencies @ x.flatten(2))
+                return torch.cat([angles.sin(), angles.cos()], dim=1).unflatten(2, x.shape[2:])
 
         return features.map(encode)
 
@@ -277,8 +278,6 @@ class NFNReader(Reader):
         for name, least in (("channels", 1), ("layers", 1), ("head", 0), ("fourier", 0)):
             if getattr(options, name) < least:
                 raise InputError(f"reader.options.{name} is {getattr(options, name)}; it must be at least {least}.")
-        if not 0 <= options.dropout < 1:
-            raise InputError(f"reader.options.dropout is {options.dropout}; it must be at least 0 and below 1.")
         channels = 1
         self.encodings = nn.ModuleList()
         if options.fourier:

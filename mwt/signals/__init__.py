@@ -6,10 +6,15 @@ from glob import glob
 from pathlib import Path
 
 from mwt.errors import InputError
+from mwt.signals.audio import AudioTask
+from mwt.signals.dicom import PYDICOM, pydicom_file
 from mwt.signals.image import ImageTask
 from mwt.signals.poisson import PoissonTask
+from mwt.signals.radiance import RadianceTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
+from mwt.signals.shape import ShapeTask
 from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.tomography import TomographyTask
 from mwt.signals.video import VideoTask
 
 SKIMAGE = "skimage:"
@@ -21,6 +26,10 @@ TASKS: dict[str, type[Task]] = {
     "denoising": DenoisingTask,
     "poisson": PoissonTask,
     "video": VideoTask,
+    "audio": AudioTask,
+    "tomography": TomographyTask,
+    "shape": ShapeTask,
+    "radiance": RadianceTask,
 }
 
 
@@ -32,13 +41,15 @@ def list_tasks() -> list[str]:
 def signal_paths(text: str, task: type[Task]) -> list[Path]:
     """The files that `signal.path` names: a file, a folder (its files with the task's endings) or a glob, sorted.
 
-    `skimage:NAME` is one of the pictures that scikit-image brings.
+    `skimage:NAME` is one of the pictures that scikit-image brings, `pydicom:NAME` one of pydicom's DICOM files.
 
     Raises:
         InputError: there is nothing of the kind.
     """
     if text.startswith(SKIMAGE):
         return [skimage_picture(text.removeprefix(SKIMAGE))]
+    if text.startswith(PYDICOM):
+        return [pydicom_file(text.removeprefix(PYDICOM))]
     path = Path(text).expanduser()
     if path.is_dir() and not task.takes_folder:
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in task.endings)

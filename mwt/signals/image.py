@@ -13,7 +13,7 @@ from torch import Tensor
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
 from mwt.signals.pictures import PICTURES, error_map, psnr, read_pictures, ssim, to_bytes, write_picture
-from mwt.signals.task import Evaluation, Task, predict, show
+from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
     )
 
 
-def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N h w C"]:
+def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N H W C"]:
     """The square in the middle.
 
     Raises:
@@ -81,7 +81,9 @@ class ImageTask(Task):
 
     def __init__(self, paths: Sequence[Path], options: ImageOptions, device: torch.device) -> None:
         pictures = centre(read_pictures(paths, grey=options.grey), options.crop).to(device)
-        self.names = tuple(path.name for path in paths)
+        self.names = signal_names(paths)
+        if options.scale < 1:
+            raise InputError(f"signal.scale is {options.scale}; it must be at least 1.")
         self.options = options
         self.set_truth(pictures)
 

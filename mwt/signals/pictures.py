@@ -9,36 +9,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mwt.errors import InputError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
+PICTURES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
 """Endings that `read_picture` takes."""
 
 
 def read_picture(path: Path, *, grey: bool = False) -> Float[Tensor, "h w C"]:
-    """An image file as numbers in [0, 1]: 8 and 16 bits, grey or RGB (transparency is dropped), or .npy of floats.
+    """An image file as numbers in [0, 1]: grey of 8 or 16 bits, RGB of 8, floats (TIFF), or .npy.
+
+    Transparency is dropped; the orientation that a camera notes (EXIF) is applied.
 
     Raises:
         InputError: no such file, not an image, or an array of another form.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
-    if path.suffix.lower() == ".npy":
-        return _read_array(path)
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's `I` holds them in 32
-                array = np.asarray(image, dtype=np.float32)
-                array = array if image.mode == "F" else array / np.float32(65535 if array.max() > 255 else 255)
-            else:
-                wanted = "L" if grey or image.mode in ("L", "LA", "1") else "RGB"
-                array = np.asarray(image.convert(wanted), dtype=np.float32) / np.float32(255)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+    array = _read_array(path) if path.suffix.lower() == ".npy" else _read_image(path, grey=grey)
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+        raise InputError(f"{path} holds numbers outside [0, 1]; scale them first.")
     picture = torch.from_numpy(np.ascontiguousarray(array))
     picture = picture[..., None] if picture.ndim == 2 else picture
     if grey and picture.shape[-1] > 1:
@@ -46,20 +38,38 @@ def read_picture(path: Path, *, grey: bool = False) -> Float[Tensor, "h w C"]:
     return picture
 
 
-def _read_array(path: Path) -> Float[Tensor, "h w C"]:
+def _read_image(path: Path, *, grey: bool) -> np.ndarray:
+    """[h, w] or [h, w, 3]."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":
+                return np.asarray(image, dtype=np.float32)
+            if image.mode.startswith("I"):
+                array = np.asarray(image, dtype=np.float32)
+                # `I;16` says 16 bits, however dark the picture; `I` has room for 32 and says nothing
+                wide = image.mode != "I" or array.max() > 255
+                return array / np.float32(65535 if wide else 255)
+            wanted = "L" if grey or image.mode in ("L", "LA", "1") else "RGB"
+            return np.asarray(image.convert(wanted), dtype=np.float32) / np.float32(255)
+    except Exception as error:  # Pillow's plug-ins raise many kinds
+        raise InputError(f"{path} is not an image that can be read ({error}).") from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """[h, w] or [h, w, C]."""
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path} is not an array that can be read ({error}).") from error
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3 or array.shape[-1] not in (1, 3) or not np.issubdtype(array.dtype, np.number):
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3))) or array.size == 0:
         raise InputError(f"{path} holds an array of shape {array.shape}; an image is [h, w], [h, w, 1] or [h, w, 3].")
-    if np.issubdtype(array.dtype, np.integer):
+    if array.dtype in (np.uint8, np.uint16):
         array = array / np.iinfo(array.dtype).max
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-        raise InputError(f"{path} holds numbers outside [0, 1]; scale them first.")
-    return torch.from_numpy(array)
+    elif array.dtype.kind not in "fb":  # of what is white in 64 bits nothing is known
+        raise InputError(f"{path} holds {array.dtype}; save uint8, uint16, or floats in [0, 1].")
+    return array.astype(np.float32)
 
 
 def read_pictures(paths: Sequence[Path], *, grey: bool = False) -> Float[Tensor, "N h w C"]:

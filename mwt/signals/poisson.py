@@ -114,6 +114,8 @@ class PoissonTask(ImageTask):
         self.derivatives = 1 if options.given == "gradient" else 2
         spans = [high - low for low, high in self.frame.coordinate_range]
         height, width = self.truth.shape[1:3]
+        if min(height, width) < 2:
+            raise InputError(f"{paths[0]} is {height} x {width}; task=poisson needs at least 2 pixels along each axis.")
         self.spacing = (spans[0] / (height - 1), spans[1] / (width - 1))
         pictures = self.frame.to_values(self.truth)
         if options.given == "gradient":

@@ -32,9 +32,9 @@ def downsample(pictures: Float[Tensor, "N h w C"], factor: int) -> Float[Tensor,
 
 
 def upsample(pictures: Float[Tensor, "N h w C"], factor: int) -> Float[Tensor, "N H W C"]:
-    """Bicubic, the baseline of super-resolution."""
+    """Bicubic, the baseline, with the literature's kernel: Keys' with -0.5 (torch's plain one has -0.75)."""
     size = (pictures.shape[1] * factor, pictures.shape[2] * factor)
-    return F.interpolate(pictures.movedim(-1, 1), size, mode="bicubic").movedim(1, -1)
+    return F.interpolate(pictures.movedim(-1, 1), size, mode="bicubic", antialias=True).movedim(1, -1)
 
 
 class SuperResolutionTask(ImageTask):
@@ -42,6 +42,8 @@ class SuperResolutionTask(ImageTask):
 
     The large picture is used to make the small one, and to judge. A step draws the whole picture.
     """
+
+    subsets = False
 
     @dataclass(frozen=True, kw_only=True)
     class Options(ImageOptions):
@@ -112,7 +114,7 @@ class InpaintingTask(ImageTask):
         text: str | None = None
         """Written over the picture, missing where the letters are."""
         mask: str | None = None
-        """An image file of the picture's size: black is missing."""
+        """An image file of the picture's size, as it is after `crop`: black is missing."""
         mask_seed: int = 0
 
     options: Options
@@ -205,11 +207,15 @@ def letters(text: str, height: int, width: int) -> Bool[Tensor, "h w"]:
 
 def _interpolated(picture: Float[Tensor, "h w C"], known: Bool[Tensor, "h w"]) -> Float[Tensor, "h w C"]:
     from scipy.interpolate import griddata
+    from scipy.spatial import QhullError
 
     at, everywhere = known.cpu().nonzero().numpy(), torch.ones_like(known).cpu().nonzero().numpy()
     values = picture[known.cpu()].numpy()
-    linear = griddata(at, values, everywhere, method="linear")
-    outside = linear != linear
+    try:
+        linear = griddata(at, values, everywhere, method="linear")
+    except QhullError:  # fewer than four known pixels, or all on a line: they have no triangles
+        linear = np.full((len(everywhere), values.shape[1]), np.nan)
+    outside = np.isnan(linear)
     linear[outside] = griddata(at, values, everywhere, method="nearest")[outside]
     return torch.from_numpy(linear).float().view_as(picture)
 

@@ -27,8 +27,15 @@ class Evaluation:
     metrics: dict[str, Float[Tensor, " N"]]
     picture: UInt8[Tensor, "C h w"]
     """What the field shows."""
-    error: UInt8[Tensor, "C h w"] | None = None
+    error: UInt8[Tensor, "3 h w"] | None = None
     """Where it is wrong: brighter is worse."""
+
+
+def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The files' names, numbered where two would be written under one (a/x.png and b/x.png, x.png and x.jpg)."""
+    if len({path.stem for path in paths}) == len(paths):
+        return tuple(path.name for path in paths)
+    return tuple(f"{number:03d}-{path.name}" for number, path in enumerate(paths))
 
 
 def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
@@ -47,6 +54,8 @@ class Task(ABC):
     """Of the files that a folder of signals is searched for."""
     takes_folder: ClassVar[bool] = False
     """Whether a folder is one signal."""
+    subsets: ClassVar[bool] = True
+    """Whether a step can see some of the points."""
     several: ClassVar[bool] = True
     """Whether several signals can be fitted as one batch."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from mwt.errors import InputError
@@ -31,10 +32,11 @@ def read_video(path: Path, *, grey: bool, limit: int | None) -> Float[Tensor, "T
         return read_pictures(files, grey=grey)
     try:
         with Image.open(path) as image:
-            frames = [np.asarray(frame.convert("L" if grey else "RGB")) for frame in ImageSequence.Iterator(image)]
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            shown = islice(ImageSequence.Iterator(image), limit)
+            frames = [np.asarray(frame.convert("L" if grey else "RGB")) for frame in shown]
+    except Exception as error:  # Pillow's plug-ins raise many kinds
         raise InputError(f"{path} is not a video that can be read ({error}); it takes frames or a GIF.") from error
-    video = torch.from_numpy(np.stack(frames[:limit])).float() / 255
+    video = torch.from_numpy(np.stack(frames)).float() / 255
     return video[..., None] if video.ndim == 3 else video
 
 
@@ -53,13 +55,15 @@ class VideoTask(Task):
         frames: int | None = None
         """Only so many, from the first."""
         stride: int = 1
-        """Every so manieth pixel along both axes of a frame (averaged)."""
+        """So many pixels along both axes of a frame are averaged into one."""
         low: float = -1.0
         """What black is for the field."""
         high: float = 1.0
         """What white is."""
 
     def __init__(self, paths: Sequence[Path], options: Options, device: torch.device) -> None:
+        if options.frames is not None and options.frames < 2:
+            raise InputError(f"signal.frames is {options.frames}; a video has two or more.")
         video = read_video(paths[0], grey=options.grey, limit=options.frames)
         if options.stride < 1 or min(video.shape[1:3]) < options.stride:
             raise InputError(f"signal.stride is {options.stride}; it must lie between 1 and the size of a frame.")

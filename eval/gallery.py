@@ -1,0 +1,214 @@
+"""One HTML page of fits: pictures, players and numbers of the runs of `train.fit`, side by side.
+
+    python -m eval.gallery --runs runs/fit/* --out runs/fit/index.html
+    python -m eval.gallery --runs runs/fit/* --out page.html --title "My fits" --floor image.psnr=30 audio.snr=25
+
+The page holds everything in itself. `--floor TASK.METRIC=NUMBER` marks what lies below, and the exit status is then 1.
+A floor `TASK.METRIC=BASELINE+NUMBER` is so much above the baseline of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mwt.config_files import load_config
+from mwt.errors import InputError
+from mwt.fit_config import FitConfig
+from mwt.page import STYLE, folded, table
+from mwt.runtime import run_program, write_text
+
+WAYS_TO_SHOW = {
+    ".png": '<img loading="lazy" alt="{name}" src="data:image/png;base64,{data}">',
+    ".gif": '<img loading="lazy" alt="{name}" src="data:image/gif;base64,{data}">',
+    ".wav": '<audio controls preload="none" src="data:audio/wav;base64,{data}"></audio>',
+    ".flac": '<audio controls preload="none" src="data:audio/flac;base64,{data}"></audio>',
+}
+POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'"
+"""A browser then loads nothing at all."""
+LARGEST_FILE = 8_000_000
+"""Bytes above which a file is named and not shown."""
+SHOWN = 8
+"""Files of a run that are shown; of many signals the first."""
+EXTRA = """
+.files { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); margin-top: 12px; }
+.files img { width: 100%; } audio { width: 100%; } .low { color: #c0392b; font-weight: 600; }
+nav a { margin-right: 12px; color: var(--accent); }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """What a metric of a task should reach at least."""
+
+    task: str
+    metric: str
+    baseline: str | None
+    number: float
+
+    def wanted(self, result: dict[str, Any]) -> float:
+        """The number for a run, whose baselines may raise it.
+
+        Raises:
+            InputError: the run has no such baseline.
+        """
+        if self.baseline is None:
+            return self.number
+        found = result["baselines"].get(self.baseline, {}).get(self.metric)
+        if found is None:
+            raise InputError(f"--floor {self.task}: there is no baseline {self.baseline!r} with {self.metric}.")
+        return float(found) + self.number
+
+
+def read_floor(text: str) -> Floor:
+    """`TASK.METRIC=NUMBER` or `TASK.METRIC=BASELINE+NUMBER`.
+
+    Raises:
+        InputError: neither.
+    """
+    key, _, value = text.partition("=")
+    task, _, metric = key.partition(".")
+    baseline, plus, number = value.rpartition("+")
+    try:
+        return Floor(task=task, metric=metric, baseline=baseline if plus else None, number=float(number))
+    except ValueError as error:
+        raise InputError(f"--floor {text!r} is not TASK.METRIC=NUMBER or TASK.METRIC=BASELINE+NUMBER.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run of `train.fit`."""
+
+    folder: Path
+    config: FitConfig
+    result: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Task, and what was fitted."""
+        names = list(self.result["signals"])
+        return f"{self.config.task.replace('_', ' ')}: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
+
+
+def read_run(folder: Path) -> Run | None:
+    """A run; None where a fit is not finished.
+
+    Raises:
+        InputError: not a run of `train.fit`.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} is not a run of train.fit (it has no config.yaml).")
+    if not (folder / "result.json").is_file():
+        return None
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        return Run(folder=folder, config=load_config(FitConfig, folder / "config.yaml"), result=result)
+    except ValueError as error:
+        raise InputError(f"{folder}/result.json is not readable as JSON ({error}).") from error
+
+
+def shown(path: Path) -> str:
+    """A file within the page, with its name."""
+    name = escape(path.name)
+    if path.stat().st_size > LARGEST_FILE:
+        return f"<figure><figcaption>{name}: {path.stat().st_size / 1e6:.0f} MB, not shown</figcaption></figure>"
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    body = WAYS_TO_SHOW[path.suffix.lower()].format(name=name, data=data)
+    return f"<figure>{body}<figcaption>{name}</figcaption></figure>"
+
+
+def files_of(run: Run) -> list[Path]:
+    """What a person looks at first: reconstructions, then curves, ranks and the film."""
+    inside = [path for path in sorted((run.folder / "reconstruction").glob("*")) if path.suffix.lower() in WAYS_TO_SHOW]
+    others = [run.folder / name for name in ("progress.gif", "curves.png", "ranks.png")]
+    return inside[:SHOWN] + [path for path in others if path.is_file()]
+
+
+def numbers(run: Run, floors: list[Floor]) -> tuple[str, list[str]]:
+    """The table of a run's metrics, and what lies below its floor, in words."""
+    result = run.result
+    rows = [("final", result["final"]), (f"best, step {result['best']['step']}", result["best"])]
+    rows += list(result["baselines"].items())
+    names = list(result["final"])
+    cells = [
+        [title, *(f"{metrics[name]:.4g}" if name in metrics else "–" for name in names)] for title, metrics in rows
+    ]
+    low = []
+    for floor in floors:
+        if floor.task == run.config.task:
+            got, wanted = result["final"].get(floor.metric), floor.wanted(result)
+            if got is None or got < wanted:
+                low.append(
+                    f"{floor.metric} is {got if got is None else f'{got:.2f}'}; at least {wanted:.2f} was wanted"
+                )
+    return table(["", *names], cells), low
+
+
+def section(number: int, run: Run, floors: list[Floor]) -> tuple[str, list[str]]:
+    """A run as a part of the page."""
+    result = run.result
+    body, low = numbers(run, floors)
+    facts = (
+        f"{run.config.field.name}, {result['parameters']:,} parameters, {result['macs_per_point']:,} multiply-adds a "
+        f"point; {result['steps']:,} steps of {result['optimizer']} in {result['seconds']:.0f} s"
+    )
+    marks = "".join(f'<p class="low">{escape(line)}</p>' for line in low)
+    figures = "".join(map(shown, files_of(run)))
+    settings = folded("Settings", f"<pre>{escape((run.folder / 'config.yaml').read_text())}</pre>")
+    return (
+        f'<section id="r{number}"><h2>{escape(run.title)}</h2><p class="soft">{escape(facts)}</p>{marks}{body}'
+        f'<div class="files">{figures}</div>{settings}</section>',
+        low,
+    )
+
+
+def page(title: str, runs: list[Run], floors: list[Floor]) -> tuple[str, dict[str, list[str]]]:
+    """The whole page, and what lies below its floor, by run."""
+    parts = [section(i, run, floors) for i, run in enumerate(runs)]
+    links = "".join(f'<a href="#r{i}">{escape(run.title)}</a>' for i, run in enumerate(runs))
+    html = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{EXTRA}</style></head>'
+        f"<body><h1>{escape(title)}</h1><nav>{links}</nav>{''.join(body for body, _ in parts)}</body></html>\n"
+    )
+    return html, {str(run.folder): low for run, (_, low) in zip(runs, parts, strict=True) if low}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page; see the module's text. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="eval.gallery", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run directories of train.fit")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file")
+    parser.add_argument("--title", default="Fits")
+    parser.add_argument("--floor", nargs="+", default=[], metavar="TASK.METRIC=NUMBER", help="what is to be reached")
+    arguments = parser.parse_args(argv)
+    floors = [read_floor(text) for text in arguments.floor]
+    found = {folder: read_run(folder) for folder in arguments.runs if folder.is_dir()}
+    runs = [run for run in found.values() if run is not None]
+    if not runs:
+        raise InputError("None of --runs is a finished run of train.fit.")
+    for folder, run in found.items():
+        if run is None:
+            print(f"warning: {folder} is not finished; it is left out.", file=sys.stderr)
+    html, low = page(arguments.title, runs, floors)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.out, html)
+    metrics = {run.config.task: next(iter(run.result["final"])) for run in runs}
+    for run in runs:
+        name = metrics[run.config.task]
+        print(f"{run.title:<44} {name} {run.result['final'][name]:8.2f}   {run.result['seconds']:6.0f} s")
+    print(f"\nWritten: {arguments.out} ({arguments.out.stat().st_size / 2**20:.1f} MiB); open it in a browser.")
+    for folder, lines in low.items():
+        print(f"below its floor: {folder}: {'; '.join(lines)}", file=sys.stderr)
+    return 1 if low else 0
+
+
+if __name__ == "__main__":
+    run_program(main)
