@@ -96,8 +96,8 @@ def config_yaml(config: object) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def flat(config: ClassifyConfig) -> dict[str, Any]:
-    """The configuration as `block.key: value`, for trackers."""
+def flat(config: Any) -> dict[str, Any]:
+    """A configuration, a dataclass of a program, as `block.key: value`, for trackers."""
     rows: dict[str, Any] = {}
     for block, values in asdict(config).items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:

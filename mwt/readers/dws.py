@@ -194,8 +194,8 @@ class DWSReader(Reader):
         batch_norm: bool = True
         dropout: float = 0.0
         standardise_pooled: bool = False
-        """Whether what is pooled is standardised over the networks of a batch before the linear map: of networks that began
-        alike most of it is what all have in common. Not in the release."""
+        """Whether what is pooled is standardised over the networks of a batch before the linear map: of networks that
+        began alike most of it is what all have in common. Not in the release."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__(config, layout=layout, classes=classes)
