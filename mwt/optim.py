@@ -73,12 +73,12 @@ def rate_factor(step: int, *, rise: int, total: int, falls: bool) -> float:
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> torch.Tensor:
     """Clip each part's gradients to norm `max_norm` (None: not at all); returns the norms before it [parts].
 
-    The groups of one name (siren, alpha, reader) are one part.
+    The groups of one name (siren, alpha, reader) are one part; a group without a name is one by itself.
     """
     limit = float("inf") if max_norm is None else max_norm
-    parts: dict[str, list[nn.Parameter]] = {}
-    for group in optimizer.param_groups:
-        parts.setdefault(group["name"], []).extend(group["params"])
+    parts: dict[str | int, list[nn.Parameter]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        parts.setdefault(group.get("name", number), []).extend(group["params"])
     norms = []
     for parameters in parts.values():
         frozen = all(parameter.grad is None for parameter in parameters)

@@ -272,7 +272,9 @@ def test_nothing_is_unpickled() -> None:
         r"yaml\.(unsafe_)?load\(", r"\.(save|load)_state\(",
     )  # fmt: skip
     pattern = re.compile("|".join(calls))
-    allowed: set[str] = set()
+    allowed = {  # trees of other code bases, which the user names
+        'data_pipes/foreign_read.py: content = torch.load(item.path, map_location="cpu", weights_only=True)'
+    }
     found = {
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for package in ("mwt", "data_pipes", "train", "eval", "benchmarks")

@@ -126,7 +126,8 @@ def test_versions_have_lower_bounds_and_no_upper_ones() -> None:
     wrong = [line for line in requirements if not re.fullmatch(r"[\w-]+>=[\d.]+", line)]
     assert wrong == []
     assert project()["requires-python"] == ">=3.11"
-    assert set(extras) == {"dev", "digits", "hdf5", "nfn", "tensorboard", "trackio", "wandb"}
+    others = {"audio", "digits", "hdf5", "medical", "nfn", "shapes", "tensorboard", "trackio", "wandb"}
+    assert set(extras) == {"dev", *others}
 
 
 def test_the_changelog_knows_the_version() -> None:

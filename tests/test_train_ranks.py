@@ -168,9 +168,9 @@ def test_one_process_meets_nan_and_both_do_the_same(tmp_path: Path, server: Serv
         assert rows(run)[-1]["skipped"] == 1
         assert all(value.isfinite().all() for value in tensors(run).values())
     else:
-        errors = [line for line in server.said().splitlines() if line.startswith("error: ")]
-        assert len(errors) == 2
-        assert all(f"not finite at step 3; {report} names its samples" in line for line in errors)
+        said = server.said()  # two processes write: their lines may run into each other
+        assert said.count("error: The loss") == 2
+        assert said.count(f"not finite at step 3; {report} names its samples") == 2
         assert "Traceback" not in server.said()
 
 

@@ -190,5 +190,6 @@ class NeuralGraph(nn.Module):
         """Features of edges, the two linear maps as one: there are many more edges than the maps have entries."""
         encoding, first = self.encode_weight
         assert isinstance(encoding, GaussianEncoding), "the first of the two"
-        bias = F.linear(first.bias, self.edge.weight, self.edge.bias)  # type: ignore[arg-type]
+        assert isinstance(first, nn.Linear), "the second"
+        bias = F.linear(first.bias, self.edge.weight, self.edge.bias)
         return F.linear(encoding.along(weight, way), self.edge.weight @ first.weight, bias)
