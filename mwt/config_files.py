@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mwt.config import VARIANTS, ClassifyConfig
+from mwt.config import VARIANTS
 from mwt.errors import InputError
 
 ConfigT = TypeVar("ConfigT")

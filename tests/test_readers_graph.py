@@ -181,6 +181,22 @@ def test_the_same_symmetries_with_other_options(name: str, options: dict[str, An
         check_other(reader(random_weights(layout)), logits)
 
 
+@pytest.mark.parametrize("name", [*GRAPH_READERS, "dws", "nfn_np", "nfn_hnp"])
+def test_what_is_pooled_is_standardised_over_the_batch(name: str) -> None:
+    layout, options = layout_of(2, 6, 5, 1), {**SMALL.get(name, {}), "standardise_pooled": True}
+    reader = make_reader(ReaderConfig(name=name, options=options, input="raw"), layout=layout, classes=10).double()
+    (pooled,) = [module for module in reader.modules() if type(module) is nn.BatchNorm1d and not module.affine]
+    seen: list[Tensor] = []
+    pooled.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))  # type: ignore[arg-type]
+    reader(random_weights(layout, 8))
+    (before, after), = seen  # fmt: skip
+    expected = (before - before.mean(0)) / (before.var(0, correction=0) + 1e-5).sqrt()
+    check_same(after, expected)
+    plain = make_reader(ReaderConfig(name=name, options=SMALL.get(name, {}), input="raw"), layout=layout, classes=10)
+    count = [sum(p.numel() for p in r.parameters()) for r in (plain, reader)]
+    assert count[0] == count[1]
+
+
 def test_every_network_is_read_by_itself() -> None:
     layout = layout_of(2, 6, 5, 1)
     weights = random_weights(layout, 4)
