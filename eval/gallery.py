@@ -38,7 +38,7 @@ SHOWN = 8
 """Files of a run that are shown; of many signals the first."""
 EXTRA = """
 .files { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); margin-top: 12px; }
-.files img { width: 100%; } audio { width: 100%; } .low { color: #c0392b; font-weight: 600; }
+.files img { width: 100%; } .files .wide { grid-column: span 2; } audio { width: 100%; } .low { color: #c0392b; font-weight: 600; }
 nav a { margin-right: 12px; color: var(--accent); }
 """
 
@@ -120,7 +120,8 @@ def shown(path: Path) -> str:
         return f"<figure><figcaption>{name}: {path.stat().st_size / 1e6:.0f} MB, not shown</figcaption></figure>"
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     body = WAYS_TO_SHOW[path.suffix.lower()].format(name=name, data=data)
-    return f"<figure>{body}<figcaption>{name}</figcaption></figure>"
+    wide = ' class="wide"' if path.name in ("curves.png", "ranks.png") else ""
+    return f"<figure{wide}>{body}<figcaption>{name}</figcaption></figure>"
 
 
 def files_of(run: Run) -> list[Path]:
