@@ -38,7 +38,8 @@ SHOWN = 8
 """Files of a run that are shown; of many signals the first."""
 EXTRA = """
 .files { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); margin-top: 12px; }
-.files img { width: 100%; } .files .wide { grid-column: span 2; } audio { width: 100%; } .low { color: #c0392b; font-weight: 600; }
+.files img { width: 100%; } .files .wide { grid-column: span 2; }
+audio { width: 100%; } .low { color: #c0392b; font-weight: 600; }
 nav a { margin-right: 12px; color: var(--accent); }
 """
 
