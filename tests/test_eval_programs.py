@@ -153,7 +153,7 @@ def test_the_numbers_are_those_of_the_predictions(run: Path, capsys: pytest.Capt
     assert set(numbers) == {
         "accuracy", "psnr", "psnr_pooled", "psnr_subset", "ece", "per_class", "split", "checkpoint", "count",
         "inner_steps", "cross_entropy", "mse", "confusion", "classes", "curve", "step", "seconds", "images_per_second",
-        "precision", "device", "data",
+        "precision", "device", "data", "parameters",
     }  # fmt: skip
     assert columns["position"].tolist() == list(range(COUNT))
     assert labels.tolist() == [i % 3 for i in range(COUNT)]
