@@ -33,7 +33,7 @@ def _variant_overrides(name: object, where: str) -> DictConfig:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        raise InputError(f"No config file at {path}; `python -m train.classify --list` shows those that come with it.")
+        raise InputError(f"No config file at {path}; --list shows those that come with the project.")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # PyYAML raises many kinds
