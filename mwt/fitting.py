@@ -58,10 +58,8 @@ def make_fit_optimizer(fields: Field, config: FitOptimConfig) -> torch.optim.Opt
         )
     decay = config.weight_decay
     if config.name == "muon":
-        groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr, weight_decay=decay)
-        for group in groups:
-            group["weight_decay"] = decay
-        return Muon(groups)
+        groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr)
+        return Muon([{**group, "weight_decay": decay} for group in groups])
     return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, eps=1e-8)  # decay 0: Adam
 
 
