@@ -9,5 +9,12 @@ class InputError(ValueError):
     """
 
 
+class NotDefinedError(InputError):
+    """A combination that has no meaning, such as a field on whole pixels with a task that asks for its gradient.
+
+    Nothing is wrong and nothing can be mended. Programs exit with status 3, and tables say "not defined".
+    """
+
+
 class TrainingError(RuntimeError):
     """A run cannot go on (a loss that is not finite, say). The message names the step. Programs exit with status 1."""

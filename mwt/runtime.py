@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mwt.errors import InputError, TrainingError
+from mwt.errors import InputError, NotDefinedError, TrainingError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
@@ -178,14 +178,16 @@ TO_MEND = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, e
 
 
 def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
-    """Run a program's `main` and leave with its exit status: 0 done, 2 bad input, 130 Ctrl-C, 143 SIGTERM, 1 else.
+    """Run a program's `main` and leave with its exit status.
+
+    0 done, 2 bad input, 3 what is asked for is not defined, 130 Ctrl-C, 143 SIGTERM, 1 else.
 
     Errors that a person can mend are one sentence on stderr without a traceback.
     """
     try:
         status = main(argv) or 0
     except InputError as error:
-        status = _complain(str(error), 2)
+        status = _complain(str(error), 3 if isinstance(error, NotDefinedError) else 2)
     except TrainingError as error:
         status = _complain(str(error), 1)
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mwt.errors import InputError
+from mwt.errors import InputError, NotDefinedError
 from mwt.fields.config import FieldConfig
 from mwt.fields.layers import Linear
 
@@ -61,10 +61,10 @@ class Field(nn.Module):
         """Refuse a field whose derivatives will not do.
 
         Raises:
-            InputError: `task` needs derivatives of an order that this field has not.
+            NotDefinedError: `task` needs derivatives of an order that this field has not.
         """
         if self.derivatives < order:
-            raise InputError(
+            raise NotDefinedError(
                 f"{task} needs derivatives of order {order} with respect to coordinates; those of this field are right "
                 f"up to order {self.derivatives}. Choose a smoother activation or interpolation (finer: "
                 "activation.detach_scale=false)."
