@@ -142,9 +142,12 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
         titles = [column.title for column in (grid.columns[plot.x], grid.columns[plot.y])]
         curves = [(name, curve) for name, curve in points(rows, plot) if curve]
         if curves:
-            from mwt.plots import figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
+            from mwt.plots import family_figure, figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
-            figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1])
+            if plot.group in grid.groups():
+                figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1])
+            else:
+                figure = family_figure(curves, xlabel=titles[0], ylabel=titles[1], log=plot.log)
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")
     table = records(grid, rows)

@@ -8,6 +8,7 @@ earlier stage (its run directory).
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,16 @@ class ColumnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """A figure of two columns against each other over the rows of one group, the paper's beside ours."""
+    """A figure of two columns against each other over the rows of one group, the paper's beside ours; or of several
+    groups, a curve for each."""
 
     name: str
     group: str
+    """Its name, or a pattern of the names of several."""
     x: str
     y: str
+    log: bool = False
+    """Several groups: x on a logarithmic axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +139,7 @@ class GridConfig:
                 raise InputError(f"rows, {block.group!r}: give a sweep or a product, not both.")
         for plot in self.plots:
             for what, names in ((plot.x, self.columns), (plot.y, self.columns), (plot.group, self.groups())):
-                if what not in names:
+                if what not in names and not (names != self.columns and fnmatch.filter(names, what)):
                     raise InputError(f"plots, {plot.name!r}: there is no {what!r}; there are {', '.join(names)}.")
 
     def groups(self) -> list[str]:

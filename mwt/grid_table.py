@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import statistics
@@ -126,16 +127,19 @@ def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
 
 
 def points(rows: list[Row], plot: PlotConfig) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """The paper's curve and ours for a plot: label, x and y of each row of its group that has both."""
-    paper, ours = [], []
-    for row in (row for row in rows if row.cell.group == plot.group):
+    """The paper's curve and ours for a plot, or ours of each group: label, x and y of each row that has both."""
+    paper: list[tuple[str, float, float]] = []
+    ours: dict[str, list[tuple[str, float, float]]] = {}
+    for row in (row for row in rows if fnmatch.fnmatchcase(row.cell.group, plot.group)):
         theirs = [row.cell.paper.get(name) for name in (plot.x, plot.y)]
         if theirs[0] and theirs[1]:
             paper.append((row.cell.label, theirs[0][0], theirs[1][0]))
         x, y = row.mean(plot.x), row.mean(plot.y)
         if x is not None and y is not None:
-            ours.append((row.cell.label, x, y))
-    return [("paper", paper), ("ours", ours)]
+            ours.setdefault(row.cell.group, []).append((row.cell.label, x, y))
+    if plot.group in ours or not ours:
+        return [("paper", paper), ("ours", ours.get(plot.group, []))]
+    return list(ours.items())
 
 
 # ---- as files ----------------------------------------------------------------------------------------------------

@@ -202,6 +202,20 @@ def tradeoff_figure(panels: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylab
     return figure
 
 
+def family_figure(curves: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, log: bool = False) -> Figure:
+    """Several curves (name, points) of the same two quantities in one panel, from dark to light in their order."""
+    figure = _figure(6.2, 3.6)
+    axes = _plain(figure.add_subplot())
+    shades = colormaps["viridis"]
+    for i, (name, points) in enumerate(curves):
+        x, y = [point[1] for point in points], [point[2] for point in points]
+        colour = shades(0.9 * i / max(len(curves) - 1, 1))
+        axes.plot(x, y, "o-", color=colour, linewidth=1.4, markersize=4, label=_name(name))
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def class_colours(count: int) -> list[tuple[float, float, float, float]]:
     """A colour for each class: distinct ones up to 20, beyond that around the colour circle."""
     if count <= 20:

@@ -86,6 +86,7 @@ columns:
   wall: {title: "wall, s", stage: make, path: seconds, average: false}
 plots:
   - {name: tradeoff, group: Rate, x: percent, y: score}
+  - {name: family, group: "*t*", y: score, x: percent, log: true}
 """
 
 
@@ -163,6 +164,8 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
     assert json.loads((toys.parent / "out" / "table.json").read_text())[0]["score_mean"] == pytest.approx(1.5)
     with Image.open(toys.parent / "out" / "tradeoff.png") as image:
         assert image.size[0] > image.size[1] > 300  # two panels
+    with Image.open(toys.parent / "out" / "family.png") as image:
+        assert image.size[0] > image.size[1] > 300  # a curve for each group
     assert "[8/8]" in said.out
     assert "3.50 ± 0.71" in said.out
 
