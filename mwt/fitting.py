@@ -96,6 +96,8 @@ class SignalFit:
         device = next(self.fields.parameters()).device
         self.baselines = self.task.baselines()
         self.sampler = Sampler(self.task.points, self.config.points, self.seed, device)
+        if self.ranks is not None:
+            self.ranks.record(0)
 
     @property
     def finished(self) -> bool:

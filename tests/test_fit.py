@@ -190,6 +190,7 @@ def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixtu
     for name in ("curves.png", "ranks.png", "progress.gif", "reconstruction/2.png", "reconstruction/2.error.png"):
         assert (out / name).stat().st_size > 100
     assert not (out / "checkpoint.safetensors").exists()
+    assert [row["step"] for row in json.loads((out / "ranks.json").read_text())] == [0, 1, 4]  # one hidden matrix
     field, frame = load_field(out / "field")
     values = frame.to_data(evaluate(field, frame.grid())).clamp(0, 1)
     shown = np.asarray(Image.open(out / "reconstruction/1.png"))
