@@ -142,7 +142,7 @@ class PairFunctions(nn.Module):
 
     def sum(self, features: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
         """Features [..., P, in, F], matrix [*N, in, F, E] and weight [*N, in, E] to [..., P, E]."""
-        features, weight = features.transpose(-2, -3), weight[..., None, :]
+        features, weight = features.transpose(-2, -3).contiguous(), weight[..., None, :]
         lead = torch.broadcast_shapes(*(tensor.shape[:-3] for tensor in (features, matrix, weight)))
         tensors = [tensor.expand(*lead, *tensor.shape[-3:]) for tensor in (features, matrix, weight)]
         with torch.autocast(features.device.type, enabled=False):
@@ -164,9 +164,13 @@ class _PairSum:
     def vjp(self, features: Tensor, gradient: Tensor, matrix: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         """Derivatives by features, matrix and weight."""
         value, slope = self.curve(features @ matrix)
-        gradient = gradient.unsqueeze(-3)
-        inner = slope * gradient * weight
-        return inner @ matrix.mT, features.mT @ inner, (value * gradient).sum(-2, keepdim=True)
+        gradient, inner = gradient.unsqueeze(-3), slope()
+        if torch.is_grad_enabled():
+            inner, value = inner * gradient * weight, value * gradient
+        else:  # one pass over memory instead of two
+            inner.mul_(gradient).mul_(weight)
+            value.mul_(gradient)
+        return inner @ matrix.mT, features.mT @ inner, value.sum(-2, keepdim=True)
 
 
 class Wavelets(PairFunctions):
