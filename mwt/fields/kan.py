@@ -21,6 +21,7 @@ Initial values, those of X-KANeRF, for G functions of n inputs; U and N are for 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ from mwt.fields.bounded import bounded
 from mwt.fields.config import choose
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.field import Field, MuonParameter
-from mwt.fields.kan_bases import BASES, Basis, Curve
+from mwt.fields.kan_bases import BASES, Basis, Curve, Values
 from mwt.fields.layers import BatchNorm, Initializer, Spread, affine
 
 
@@ -51,7 +52,15 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, shape) * self.weight[..., None, :] + self.bias[..., None, :]
 
 
-class FixedFunctions(nn.Module):
+class Layer(nn.Module):
+    """One layer, called with its input [..., P, in] and the same normalised; [..., P, out]."""
+
+    def muon_parameters(self, prefix: str) -> list[MuonParameter]:
+        """What Muon may train, by names that begin with `prefix`."""
+        raise NotImplementedError
+
+
+class FixedFunctions(Layer):
     """sum over g of B_g(x) W_g, with weight [*N, G in, out], rows of one function together; and what goes beside."""
 
     def __init__(self, config: KANConfig, basis: Basis, draws: Initializer, inputs: int, outputs: int) -> None:
@@ -65,7 +74,9 @@ class FixedFunctions(nn.Module):
         if config.basis == "bspline":
             self.arguments += (config.order,)
         values = self.functions(torch.zeros(1), *self.arguments)
-        self.scale = self.base = self.bias = None
+        self.scale: nn.Parameter | None = None
+        self.base: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
         torch_default = Spread("uniform", inputs**-0.5)
         if config.basis == "bspline":
             initial = _spline_noise(self.functions, self.arguments, draws, inputs, outputs)
@@ -89,10 +100,11 @@ class FixedFunctions(nn.Module):
     def forward(self, x: Tensor, normed: Tensor) -> Tensor:
         """[..., P, in] to [..., P, out]: the basis at `normed`, SiLU at `x`."""
         values = self.functions(normed.tanh() if self.squash else normed, *self.arguments)
-        weights = self.weight.unflatten(-2, (self.count, -1))
+        weights: Tensor = self.weight.unflatten(-2, (self.count, -1))
         if self.scale is not None:
             weights = weights * self.scale[..., None, :, :]
-        bias, terms = self.bias, []
+        bias: Tensor | None = self.bias
+        terms: list[tuple[Tensor, Tensor]] = []
         for value, weight in zip(values, weights.unbind(-3), strict=True):
             if isinstance(value, Tensor):
                 terms.append((value, weight))
@@ -120,16 +132,19 @@ def _add_product(result: Tensor, value: Tensor, weight: Tensor) -> Tensor:
     return result + value @ weight
 
 
-def _spline_noise(functions, arguments, draws: Initializer, inputs: int, outputs: int) -> Tensor:
+def _spline_noise(
+    functions: Callable[..., Values], arguments: tuple[float, ...], draws: Initializer, inputs: int, outputs: int
+) -> Tensor:
     """Coefficients [*N, G in, out] of splines that are near small noise at the knots, the smallest such."""
-    intervals, low, high, _ = arguments
+    intervals, (low, high) = int(arguments[0]), arguments[1:3]
     knots = torch.linspace(low, high, intervals + 1, dtype=torch.float64)
-    inverse = torch.linalg.pinv(torch.stack(functions(knots, *arguments), dim=-1)).float()
+    values = [value for value in functions(knots, *arguments) if isinstance(value, Tensor)]
+    inverse = torch.linalg.pinv(torch.stack(values, dim=-1)).float()
     noise = draws.uniform(intervals + 1, inputs * outputs, low=-0.05 / intervals, high=0.05 / intervals)
     return (inverse @ noise).unflatten(-1, (inputs, outputs)).flatten(-3, -2)
 
 
-class PairFunctions(nn.Module):
+class PairFunctions(Layer):
     """sum over inputs and hidden units h of w psi(features(x) A), with A and w for each pair of input and output.
 
     Wavelets have the features (x, 1), A = (1 / s, -t / s) and one unit.
@@ -248,19 +263,21 @@ class KAN(Field):
         )
         widths = [coordinate_dims, *[config.width] * (config.hidden_layers + 1), channels]
 
-        def layer(number: int) -> nn.Module:
+        def layer(number: int) -> Layer:
             inputs, outputs = widths[number], widths[number + 1]
             if basis.family == "wavelet":
                 return Wavelets(config, basis, draws, inputs, outputs, last=number == len(widths) - 2)
-            kind = SmallNetworks if basis.family == "network" else FixedFunctions
-            return kind(config, basis, draws, inputs, outputs)
+            if basis.family == "network":
+                return SmallNetworks(config, basis, draws, inputs, outputs)
+            return FixedFunctions(config, basis, draws, inputs, outputs)
 
         self.first = layer(0)
         self.hidden = nn.ModuleList(layer(i + 1) for i in range(config.hidden_layers))
         self.last = layer(len(widths) - 2)
         count = 0 if norm == "none" else config.hidden_layers + 1
-        kind = BatchNorm if norm == "batch" else LayerNorm
-        self.norms = nn.ModuleList(kind(draws, config.width) for _ in range(count))
+        self.norms = nn.ModuleList(
+            BatchNorm(draws, config.width) if norm == "batch" else LayerNorm(draws, config.width) for _ in range(count)
+        )
 
     def values(self, coords: Tensor) -> Tensor:
         """[*N, P, D] to [*N, P, C]."""
@@ -272,7 +289,8 @@ class KAN(Field):
 
     def muon_parameters(self) -> list[MuonParameter]:
         """The hidden layers' coefficients as matrices [*N, G in, out]; none of small networks."""
-        return [found for i, layer in enumerate(self.hidden) for found in layer.muon_parameters(f"hidden.{i}")]
+        layers: list[Layer] = list(self.hidden)  # type: ignore[arg-type]
+        return [found for i, layer in enumerate(layers) for found in layer.muon_parameters(f"hidden.{i}")]
 
 
 def _check(config: KANConfig, basis: Basis) -> None:

@@ -69,7 +69,9 @@ Values = list[Tensor | float]
 # ---- polynomials by recurrences ------------------------------------------------------------------------------------
 
 
-def _recurrence(x: Tensor, degree: int, start: Values, following: Callable[[int], tuple[float, float, float]]) -> Values:
+def _recurrence(
+    x: Tensor, degree: int, start: Values, following: Callable[[int], tuple[float, float, float]]
+) -> Values:
     """p_n = (a x + b) p_{n-1} + c p_{n-2} with a, b, c = following(n), from p_0 and p_1 on."""
     values = list(start)
     for n in range(2, degree + 1):
@@ -97,7 +99,7 @@ def jacobi(x: Tensor, degree: int) -> Values:
     """P_n^(1, 1)."""
 
     def following(n: int) -> tuple[float, float, float]:  # of P_n^(a, b) with a = b = 1
-        return (2 * n + 1) * (n + 1) / (n * (n + 2)), 0, -(n + 1) / (n + 2)
+        return (2 * n + 1) * (n + 1) / (n * (n + 2)), 0.0, -(n + 1) / (n + 2)
 
     return _recurrence(x, degree, [1.0, 2 * x], following)
 
