@@ -7,8 +7,8 @@ backward. Neither ever holds P x in x out x G numbers, nor the latter P x in x o
 
 Initial values, those of X-KANeRF, for G functions of n inputs; U and N are for all pairs alike:
 
-    bspline            coefficients by least squares to noise U(+-0.05 / intervals) at the knots, times a factor for each
-                       pair from U(+-1/sqrt n); weights of SiLU likewise
+    bspline            coefficients by least squares to noise U(+-0.05 / intervals) at the knots, times a factor for
+                       each pair from U(+-1/sqrt n); weights of SiLU likewise
     fourier            N(0, 1 / (n K)), bias 0
     grbf, rbf          N(0, 0.01); weights and bias of SiLU as nn.Linear
     fcn_interpolation  U(+-sqrt(6 / ((n + out) G)))
@@ -65,7 +65,8 @@ class FixedFunctions(Layer):
 
     def __init__(self, config: KANConfig, basis: Basis, draws: Initializer, inputs: int, outputs: int) -> None:
         super().__init__()
-        assert basis.functions is not None and basis.size is not None
+        assert basis.functions is not None
+        assert basis.size is not None
         size = config.size or basis.size
         self.functions, self.squash = basis.functions, basis.family == "polynomial"
         self.arguments: tuple[float, ...] = (size,)
@@ -214,10 +215,11 @@ class Wavelets(PairFunctions):
 
 
 class SmallNetworks(PairFunctions):
-    """A network with one hidden layer for each pair: first [*N, in, F, out h], bias [*N, in, out h], second likewise."""
+    """A network of one hidden layer for each pair: first [*N, in, F, out h], its bias and weight [*N, in, out h]."""
 
     def __init__(self, config: KANConfig, basis: Basis, draws: Initializer, inputs: int, outputs: int) -> None:
-        assert basis.curve is not None and basis.size is not None
+        assert basis.curve is not None
+        assert basis.size is not None
         super().__init__(basis.curve)
         self.hidden = config.size or basis.size
         self.frequencies = config.frequencies
