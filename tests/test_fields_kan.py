@@ -248,7 +248,7 @@ def test_a_fit(name: str) -> None:
     target = (3 * coords[:, :1]).sin() * coords[:, 1:]
     optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = (field(coords) - target).square().mean()
         loss.backward()

@@ -69,7 +69,7 @@ class FixedFunctions(Layer):
         assert basis.size is not None
         size = config.size or basis.size
         self.functions, self.squash = basis.functions, basis.family == "polynomial"
-        self.arguments: tuple[float, ...] = (size,)
+        self.arguments: tuple[int | float, ...] = (size,)
         if basis.grid_range is not None:
             self.arguments += config.grid_range or basis.grid_range
         if config.basis == "bspline":
@@ -134,7 +134,7 @@ def _add_product(result: Tensor, value: Tensor, weight: Tensor) -> Tensor:
 
 
 def _spline_noise(
-    functions: Callable[..., Values], arguments: tuple[float, ...], draws: Initializer, inputs: int, outputs: int
+    functions: Callable[..., Values], arguments: tuple[int | float, ...], draws: Initializer, inputs: int, outputs: int
 ) -> Tensor:
     """Coefficients [*N, G in, out] of splines that are near small noise at the knots, the smallest such."""
     intervals, (low, high) = int(arguments[0]), arguments[1:3]

@@ -202,7 +202,7 @@ def bspline(x: Tensor, intervals: int, low: float, high: float, order: int = 3) 
 Slope = Callable[[], Tensor]
 Curve = Callable[[Tensor], tuple[Tensor, Slope]]
 """u to psi(u), and to a function that computes psi'(u) when called; both are differentiable. Masks are avoided where
-limits do the same: `torch.where` is as slow as twenty multiplications."""
+limits do the same: `torch.where` is slow on a CPU."""
 
 
 def mexican_hat(u: Tensor) -> tuple[Tensor, Slope]:
