@@ -20,11 +20,13 @@ from mwt.fields.config import (
     MFNConfig,
     MLPConfig,
 )
+from mwt.fields.config_kan import KANConfig
 from mwt.fields.encoding import list_encodings
 from mwt.fields.field import Field, evaluate
 from mwt.fields.files import load_field, save_field
 from mwt.fields.frame import Frame
 from mwt.fields.grid import total_variation
+from mwt.fields.kan_bases import list_kan_bases
 from mwt.fields.registry import FIELDS, build_field, list_fields
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Frame",
     "HashGridConfig",
     "InterpolatedGridConfig",
+    "KANConfig",
     "MFNConfig",
     "MLPConfig",
     "WithOffsets",
@@ -45,6 +48,7 @@ __all__ = [
     "list_activations",
     "list_encodings",
     "list_fields",
+    "list_kan_bases",
     "load_field",
     "save_field",
     "total_variation",

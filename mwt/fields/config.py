@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from mwt.errors import InputError
+from mwt.fields.config_kan import KANConfig
 
 T = TypeVar("T")
 
@@ -209,6 +210,7 @@ class FieldConfig:
     """One of `mwt.fields.list_fields()`."""
     mlp: MLPConfig = field(default_factory=MLPConfig)
     mfn: MFNConfig = field(default_factory=MFNConfig)
+    kan: KANConfig = field(default_factory=KANConfig)
     hash_grid: HashGridConfig = field(default_factory=HashGridConfig)
     grid: InterpolatedGridConfig = field(default_factory=InterpolatedGridConfig)
 

@@ -153,7 +153,7 @@ class BatchNorm(nn.Module):
         if self.training:
             points = x.shape[-2]
             if points < 2:
-                raise InputError("mlp.batch_norm needs at least 2 points in a training step; there is 1.")
+                raise InputError("Batch normalisation needs at least 2 points in a training step; there is 1.")
             variance, mean = torch.var_mean(x, dim=-2, correction=0)
             with torch.no_grad():
                 self.mean.lerp_(mean.to(self.mean.dtype), 0.1)

@@ -10,6 +10,7 @@ from mwt.fields.config import FieldConfig, choose
 from mwt.fields.field import Field
 from mwt.fields.grid import Grid
 from mwt.fields.hash_grid import HashGrid
+from mwt.fields.kan import KAN
 from mwt.fields.layers import Initializer
 from mwt.fields.mfn import MultiplicativeFilterNetwork
 from mwt.fields.mlp import CoordinateMLP
@@ -22,6 +23,7 @@ FIELDS: dict[str, FieldClass] = {
     "mfn": MultiplicativeFilterNetwork,
     "hash_grid": HashGrid,
     "grid": Grid,
+    "kan": KAN,
 }
 
 
