@@ -12,9 +12,19 @@ from torch import Tensor
 
 from mwt.config_files import load_config, read_options
 from mwt.errors import InputError
-from mwt.fields import FieldConfig, Frame, build_field, list_activations, list_encodings, list_fields, load_field
+from mwt.fields import (
+    FieldConfig,
+    Frame,
+    build_field,
+    evaluate,
+    list_activations,
+    list_encodings,
+    list_fields,
+    load_field,
+)
 from mwt.fields.registry import field_block
 from mwt.fit_config import FitConfig
+from mwt.ntk import energy_by_frequency
 from mwt.signals import TASKS, signal_paths
 from mwt.spectrum import Look, coarse_size, look
 from mwt.spectrum_config import SpectrumConfig, SpectrumRunConfig
@@ -27,11 +37,14 @@ def model_overrides(text: str) -> list[str]:
     """Overrides of `field.` that a model's text stands for.
 
     `sine` (an activation of the coordinate MLP), `nerf+sine` (after an encoding), `hash_grid` (a field), `kan:fourier`
-    and `mfn:gabor` (a field and its kind), or overrides with blanks between them: `name=mfn mfn.width=64`.
+    and `mfn:gabor` (a field and its kind), `config` (what `field.` says), or overrides with blanks between them:
+    `name=mfn mfn.width=64`.
 
     Raises:
         InputError: none of these.
     """
+    if text == "config":
+        return []
     if "=" in text:
         return text.split()
     first, colon, kind = text.partition(":")
@@ -68,7 +81,8 @@ def models(
     found: dict[str, SpectrumConfig] = {}
     for name in names:
         own = [f"field.{item}" for item in model_overrides(name)]
-        found[name] = load_config(SpectrumConfig, path, [*overrides, *own])
+        config = load_config(SpectrumConfig, path, [*overrides, *own])
+        found[label(config.field) if name == "config" else name] = config
     return found
 
 
@@ -134,9 +148,6 @@ def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) ->
         fields.to(device)
         looks.append(look(fields, coords, size, None, step=step, memory=settings.memory))
         if signal is not None:
-            from mwt.fields import evaluate
-            from mwt.ntk import energy_by_frequency
-
             points, values = signal
             energy[step] = energy_by_frequency(evaluate(fields, points) - values, tuple(frame.size or ())).cpu()
     return looks, energy

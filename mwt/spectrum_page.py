@@ -207,7 +207,7 @@ def page(title: str, about: str, studies: Sequence[Study], limit: float, links: 
 
 MODELS = (
     "Numbers of the tangent kernel before the fit, and the result after it. Effective rank: (sum of eigenvalues)^2 "
-    "over sum of squares, out of as many as there are samples. Above 1e-k: share of eigenvalues larger than 1e-k of the "
+    "over sum of squares, out of as many as there are samples. Above 1e-k: share of eigenvalues above 1e-k of the "
     "largest. Decay: a where eigenvalue i falls like i^-a. Residual along flat: share of what is to be learned along "
     f"eigenvectors below {FLAT:g} of the largest. Errors are over the signal's amplitude, mean over its frequencies."
 )
