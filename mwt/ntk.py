@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call, jacrev, vmap
+from torch.func import functional_call, jacrev, vjp, vmap
 
 from mwt.errors import InputError
 from mwt.fields.field import Field
@@ -27,33 +27,53 @@ FLOOR = 1e-10
 
 
 def jacobian(
-    field: Field, coords: Float[Tensor, "P D"], *, dtype: torch.dtype = torch.float64
-) -> Float[Tensor, "P C W"]:
-    """Derivatives of the field's values with respect to its W real parameters, in the order of `named_parameters`.
+    field: Field, coords: Float[Tensor, "P D"], *, rows: slice = slice(None), dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "p C W"]:
+    """Derivatives of the values at the points `rows` with respect to the W real parameters, in their order.
 
-    Computed in `dtype`, whatever the field's own precision; as in training, so that a clamped output is not clamped.
+    Computed in `dtype`, whatever the precision of the field; as in training: a clamped output is not clamped. With
+    batch normalisation a value depends on all points, and so do its derivatives: they are those of the whole set.
 
     Raises:
-        InputError: a field with copies, or one with batch normalisation.
+        InputError: a field with copies.
     """
     if field.copies is not None:
         raise InputError(f"The kernel is that of one network; this field has {field.copies} copies.")
-    if any(isinstance(module, BatchNorm) for module in field.modules()):
-        raise InputError("A field with batch_norm has no kernel between two points: its values depend on all of them.")
     own = {name: value.detach().to(dtype) for name, value in field.named_parameters()}
     fixed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in field.named_buffers()}
-
-    def value(parameters: dict[str, Tensor], point: Tensor) -> Tensor:
-        found: Tensor = functional_call(field, (parameters, fixed), (point[None],))
-        return found[0]
-
+    coords = coords.to(dtype)
     training = field.training
     field.train()
     try:
-        parts = vmap(jacrev(value), in_dims=(None, 0))(own, coords.to(dtype))
+        if any(isinstance(module, BatchNorm) for module in field.modules()):
+            parts = _coupled(field, own, fixed, coords, rows)
+        else:
+
+            def value(parameters: dict[str, Tensor], point: Tensor) -> Tensor:
+                found: Tensor = functional_call(field, (parameters, fixed), (point[None],))
+                return found[0]
+
+            parts = vmap(jacrev(value), in_dims=(None, 0))(own, coords[rows])
     finally:
         field.train(training)
     return torch.cat([part.flatten(2) for part in parts.values()], dim=2)
+
+
+def _coupled(
+    field: Field, own: dict[str, Tensor], fixed: dict[str, Tensor], coords: Tensor, rows: slice
+) -> dict[str, Tensor]:
+    """Derivatives [p, C, ...] by each parameter where the points meet: a backward pass through all for each value."""
+
+    def values(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        copies = {name: value.clone() for name, value in buffers.items()}  # the running statistics, which it writes
+        found: Tensor = functional_call(field, (parameters, fixed | copies), (coords,))
+        return found
+
+    written = {name: value.clone() for name, value in fixed.items() if value.is_floating_point()}
+    found, pull = vjp(values, own, written)
+    ones = torch.eye(found.numel(), dtype=found.dtype, device=found.device).unflatten(0, found.shape)[rows]
+    parts: dict[str, Tensor] = vmap(pull)(ones.flatten(0, 1).unflatten(1, found.shape))[0]
+    return {name: part.unflatten(0, (-1, found.shape[-1])) for name, part in parts.items()}
 
 
 def kernel(
@@ -71,13 +91,13 @@ def kernel(
     outputs = field.channels * sum(parameter.numel() for parameter in field.parameters())
     width = torch.finfo(dtype).bits // 8
     chunk = max(1, memory // (4 * outputs * width))  # two blocks, and the parts that each is put together from
-    blocks = coords.split(chunk)
+    blocks = [slice(start, start + chunk) for start in range(0, len(coords), chunk)]
     result = coords.new_zeros((len(coords), len(coords)), dtype=dtype)
     for i, rows in enumerate(blocks):
-        left = jacobian(field, rows, dtype=dtype).flatten(1)
-        for j in range(i + 1):
-            right = left if j == i else jacobian(field, blocks[j], dtype=dtype).flatten(1)
-            result[i * chunk : i * chunk + len(left), j * chunk : j * chunk + len(right)] = left @ right.mT
+        left = jacobian(field, coords, rows=rows, dtype=dtype).flatten(1)
+        result[rows, rows] = left @ left.mT
+        for columns in blocks[:i]:
+            result[rows, columns] = left @ jacobian(field, coords, rows=columns, dtype=dtype).flatten(1).mT
     lower = result.tril()
     return lower + lower.tril(-1).mT
 

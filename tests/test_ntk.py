@@ -13,6 +13,7 @@ from mwt import ntk
 from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, build_field, list_activations, list_encodings
 from mwt.fields.config import ActivationConfig, EncodingConfig, MFNConfig, MLPConfig
+from mwt.fields.config_kan import KANConfig
 
 
 def small(name: str) -> EncodingConfig:
@@ -137,9 +138,9 @@ def test_chunks_change_nothing(field: Field) -> None:
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     field, seen = mlp(width=16), []
     real = ntk.jacobian
-    monkeypatch.setattr(ntk, "jacobian", lambda f, x, **k: (seen.append(len(x)), real(f, x, **k))[1])
+    monkeypatch.setattr(ntk, "jacobian", lambda f, x, **k: (seen.append(k["rows"]), real(f, x, **k))[1])
     ntk.kernel(field, points(10), memory=4 * 8 * 3 * field.num_parameters)
-    assert max(seen) == 3
+    assert {rows.stop - rows.start for rows in seen} == {3}
     assert len(seen) == 4 + 3 + 2 + 1  # each block of rows, and those before it
 
 
@@ -162,6 +163,38 @@ def test_complex_weights_are_two_reals() -> None:
     torch.testing.assert_close(last[..., 1], -hidden.imag)
 
 
+def test_batch_normalisation_couples_the_points() -> None:
+    """Against autograd through the whole set, a value at a time; the field's running statistics stay."""
+    field, x = mlp(batch_norm=True, channels=2), points(6)
+    before = {name: value.clone() for name, value in field.state_dict().items()}
+    found = ntk.kernel(field, x)
+    torch.testing.assert_close(ntk.kernel(field, x, memory=1), found, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(value, before[name]) for name, value in field.state_dict().items())
+    field = field.double()
+    values = field(x.double())
+    rows = []
+    for value in values.flatten():
+        gradients = torch.autograd.grad(value, list(field.parameters()), retain_graph=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    matrix = torch.stack(rows).unflatten(0, (6, 2)).flatten(1)
+    torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("basis", ["fourier", "bspline", "morlet", "fcn"])
+def test_kolmogorov_arnold_networks(basis: str) -> None:
+    """Against autograd; wavelets have batch normalisation between layers."""
+    config = FieldConfig(name="kan", kan=KANConfig(basis=basis, width=4, hidden_layers=1))
+    field, x = build_field(config, coordinate_dims=2, channels=1, seed=0), points(5)
+    found = ntk.kernel(field, x)
+    values = field.double()(x.double())
+    rows = []
+    for value in values.flatten():
+        gradients = torch.autograd.grad(value, list(field.parameters()), retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    matrix = torch.stack(rows)
+    torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-8, atol=1e-8)
+
+
 def test_other_architectures_have_kernels() -> None:
     for config in (
         FieldConfig(name="mfn", mfn=MFNConfig(width=5)),
@@ -181,8 +214,6 @@ def test_other_architectures_have_kernels() -> None:
 
 
 def test_fields_without_a_kernel() -> None:
-    with pytest.raises(InputError, match="batch_norm"):
-        ntk.kernel(mlp(batch_norm=True), points())
     several = build_field(FieldConfig(), coordinate_dims=2, channels=1, seed=0, copies=2)
     with pytest.raises(InputError, match="2 copies"):
         ntk.kernel(several, points())

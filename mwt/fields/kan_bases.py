@@ -69,7 +69,9 @@ Values = list[Tensor | float]
 # ---- polynomials by recurrences ------------------------------------------------------------------------------------
 
 
-def _recurrence(x: Tensor, degree: int, start: Values, following: Callable[[int], tuple[float, float, float]]) -> Values:
+def _recurrence(
+    x: Tensor, degree: int, start: Values, following: Callable[[int], tuple[float, float, float]]
+) -> Values:
     """p_n = (a x + b) p_{n-1} + c p_{n-2} with a, b, c = following(n), from p_0 and p_1 on."""
     values = list(start)
     for n in range(2, degree + 1):
