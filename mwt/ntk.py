@@ -56,7 +56,7 @@ def jacobian(
             parts = vmap(jacrev(value), in_dims=(None, 0))(own, coords[rows])
     finally:
         field.train(training)
-    return torch.cat([part.flatten(2) for part in parts.values()], dim=2)
+    return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
 
 
 def _coupled(

@@ -225,7 +225,9 @@ def study(
 
     try:
         record()
-        fit.run(stop, on_evaluation, on_step)
+        if not fit.run(stop, on_evaluation, on_step):
+            result.problem = f"stopped: at step {fit.step}"
+            return result
     except TrainingError as error:
         result.problem = f"not finite: {error}"
         return result
