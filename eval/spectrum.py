@@ -29,7 +29,7 @@ from tqdm import tqdm
 from mwt import runtime
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
-from mwt.page import chart, section, table
+from mwt.page import chart, charts, section, table
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json, write_text
 from mwt.spectrum import Look, Study, correlations, first_look, held_out_from, make_task, study
 from mwt.spectrum_config import SpectrumConfig
@@ -148,6 +148,12 @@ def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tu
     text = f"{run.folder}, kernels at a coarse grid of {len(looks[0].relative)} points of the signal's frame."
     body = table(["kernel", *(TITLES[key] for key in keys)], rows)
     body += chart(eigenvalue_figure(names), "eigenvalues") + chart(kernel_figure(looks), "kernels")
+    if energy:
+        lines = [
+            (f"step {step:,}", list(range(len(share))), share.clamp_min(1e-12).log10().tolist())
+            for step, share in energy.items()
+        ]
+        body += charts([("log10 of the share of the residual's energy", lines)], xlabel="periods over the signal")
     content: dict[str, Any] = {
         "run": str(run.folder),
         "kernels": {name: {**look.summary, "relative": look.relative.tolist()} for name, look in names.items()},

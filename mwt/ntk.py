@@ -70,10 +70,11 @@ def _coupled(
         return found
 
     written = {name: value.clone() for name, value in fixed.items() if value.is_floating_point()}
-    found, pull = vjp(values, own, written)
-    ones = torch.eye(found.numel(), dtype=found.dtype, device=found.device).unflatten(0, found.shape)[rows]
-    parts: dict[str, Tensor] = vmap(pull)(ones.flatten(0, 1).unflatten(1, found.shape))[0]
-    return {name: part.unflatten(0, (-1, found.shape[-1])) for name, part in parts.items()}
+    found, pull = vjp(values, own, written)  # type: ignore[misc]
+    ones = torch.eye(found.numel(), dtype=found.dtype, device=found.device).unflatten(1, found.shape)
+    chosen = ones.unflatten(0, found.shape)[rows].flatten(0, 1)
+    pulled = [pull(one)[0] for one in chosen]  # one after the other: the activations of all points are large enough
+    return {name: torch.stack([part[name] for part in pulled]).unflatten(0, (-1, found.shape[-1])) for name in own}
 
 
 def kernel(

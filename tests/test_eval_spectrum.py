@@ -63,11 +63,11 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def test_models_on_one_signal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = ["sine,relu", "mfn:gabor", "mlp.activation.name=tanh mlp.width=6"]
-    assert main(["--models", *texts, "--encodings", "identity,nerf", "--out", str(tmp_path), *SMALL]) == 0
+    texts = ["sine,mfn:gabor", "mlp.activation.name=tanh mlp.width=6"]
+    assert main(["--models", *texts, "--encodings", "nerf", "--out", str(tmp_path), *SMALL]) == 0
     content, printed = result(tmp_path), capsys.readouterr().out
     names = [model["name"] for model in content["models"]]
-    assert names == ["sine", "nerf+sine", "relu", "nerf+relu", "mfn:gabor", "mlp.activation.name=tanh mlp.width=6"]
+    assert names == ["nerf+sine", "mfn:gabor", "mlp.activation.name=tanh mlp.width=6"]
     for model in content["models"]:
         assert [look["step"] for look in model["kernels"]] == [0, 8]
         for look in model["kernels"]:
@@ -199,7 +199,10 @@ def test_texts_of_models() -> None:
         "mlp.encoding.name=fourier_kan",
     ]
     assert model_overrides("grid") == ["name=grid"]
-    assert list(models(["sine,mfn"], ["nerf"], None, [])) == ["nerf+sine", "mfn"]
+    both = models(["sine,mfn"], ["identity", "nerf"], None, ["field.mlp.width=9"])
+    assert list(both) == ["sine", "nerf+sine", "mfn"]
+    assert both["nerf+sine"].field.mlp.encoding.name == "nerf"
+    assert {config.field.mlp.width for config in both.values()} == {9}
     for wrong in ("sinus", "nerv+sine", "mlp:sine"):
         with pytest.raises(InputError, match=wrong.replace("+", r"\+")):
             model_overrides(wrong)
