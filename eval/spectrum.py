@@ -30,6 +30,7 @@ from mwt import runtime
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError
 from mwt.page import chart, charts, section, table
+from mwt.plots import Line
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json, write_text
 from mwt.spectrum import Look, Study, correlations, first_look, held_out_from, make_task, study
 from mwt.spectrum_config import SpectrumConfig
@@ -149,7 +150,7 @@ def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tu
     body = table(["kernel", *(TITLES[key] for key in keys)], rows)
     body += chart(eigenvalue_figure(names), "eigenvalues") + chart(kernel_figure(looks), "kernels")
     if energy:
-        lines = [
+        lines: list[Line] = [
             (f"step {step:,}", list(range(len(share))), share.clamp_min(1e-12).log10().tolist())
             for step, share in energy.items()
         ]
