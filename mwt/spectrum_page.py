@@ -131,9 +131,9 @@ def study_table(studies: Sequence[Study]) -> Table:
     rows = []
     for study in studies:
         first = study.looks[0].summary if study.looks else {}
-        cells = [study.name, f"{study.parameters:,}", *(number(first.get(key)) for key in keys)]
-        rows.append([*cells, *(number(study.final.get(key), 4) for key in finals), study.problem.partition(":")[0]])
-    return ["model", "parameters", *(TITLES[key] for key in keys), *(key.replace("_", " ") for key in finals), ""], rows
+        cells = [study.name, f"{study.parameters:,}", *(number(study.final.get(key), 4) for key in finals)]
+        rows.append([*cells, *(number(first.get(key)) for key in keys), study.problem.partition(":")[0]])
+    return ["model", "parameters", *(key.replace("_", " ") for key in finals), *(TITLES[key] for key in keys), ""], rows
 
 
 def correlation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
