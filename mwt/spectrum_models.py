@@ -1,0 +1,235 @@
+"""Models by name, and the fields of runs and grids, for the study of their spectra."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mwt.config_files import load_config, read_options
+from mwt.errors import InputError
+from mwt.fields import (
+    FieldConfig,
+    Frame,
+    build_field,
+    evaluate,
+    list_activations,
+    list_encodings,
+    list_fields,
+    load_field,
+)
+from mwt.fields.registry import field_block
+from mwt.fit_config import FitConfig
+from mwt.ntk import energy_by_frequency
+from mwt.signals import TASKS, signal_paths
+from mwt.spectrum import Look, coarse_size, look
+from mwt.spectrum_config import SpectrumConfig, SpectrumRunConfig
+
+KINDS = {"kan": "kan.basis", "mfn": "mfn.filter"}
+"""What the word after the colon sets, in `kan:fourier` and `mfn:gabor`."""
+
+
+def model_overrides(text: str) -> list[str]:
+    """Overrides of `field.` that a model's text stands for.
+
+    `sine` (an activation of the coordinate MLP), `nerf+sine` (after an encoding), `hash_grid` (a field), `kan:fourier`
+    and `mfn:gabor` (a field and its kind), `config` (what `field.` says), or overrides with blanks between them:
+    `name=mfn mfn.width=64`.
+
+    Raises:
+        InputError: none of these.
+    """
+    if text == "config":
+        return []
+    if "=" in text:
+        return text.split()
+    first, colon, kind = text.partition(":")
+    if colon:
+        if first not in KINDS:
+            raise InputError(f"{text!r}: before the colon there can be {', '.join(KINDS)}.")
+        return [f"name={first}", f"{KINDS[first]}={kind}"]
+    if text in list_fields():
+        return [f"name={text}"]
+    encoding, _, activation = text.rpartition("+")
+    if activation not in list_activations() or (encoding and encoding not in list_encodings()):
+        raise InputError(
+            f"{text!r} is no model: give an activation ({', '.join(list_activations())}), ENCODING+ACTIVATION with one "
+            f"of {', '.join(list_encodings())}, a field ({', '.join(list_fields())}), kan:BASIS, mfn:FILTER, or "
+            "'key=value key=value' of a field."
+        )
+    return [f"mlp.activation.name={activation}"] + ([f"mlp.encoding.name={encoding}"] if encoding else [])
+
+
+def models(
+    texts: list[str], encodings: list[str], path: Path | None, overrides: list[str]
+) -> dict[str, SpectrumConfig]:
+    """The configuration of each model, by its text; each activation with each of `encodings`.
+
+    Raises:
+        InputError: no such model, or an override that will not do.
+    """
+    names = [part for text in texts for part in ([text] if "=" in text else text.split(",")) if part]
+    known = set(list_activations())
+    if encodings:
+        pairs = [f"{encoding}+{name}" for name in names if name in known for encoding in encodings]
+        names = [*pairs, *(name for name in names if name not in known)]
+    names = [name.removeprefix("identity+") for name in names]
+    found: dict[str, SpectrumConfig] = {}
+    for name in names:
+        own = [f"field.{item}" for item in model_overrides(name)]
+        config = load_config(SpectrumConfig, path, [*overrides, *own])
+        found[label(config.field) if name == "config" else name] = config
+    return found
+
+
+def label(config: FieldConfig) -> str:
+    """A field's name as `model_overrides` would take it."""
+    if config.name == "mlp":
+        encoding, activation = config.mlp.encoding.name, config.mlp.activation.name
+        return activation if encoding == "identity" else f"{encoding}+{activation}"
+    if config.name in KINDS:
+        return f"{config.name}:{getattr(field_block(config), KINDS[config.name].partition('.')[2])}"
+    return config.name
+
+
+# ---- runs of train.fit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRun:
+    """What a finished run of `train.fit` holds."""
+
+    folder: Path
+    config: FitConfig
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its task and its field."""
+        return f"{self.config.task}: {label(self.config.field)}"
+
+
+def read_fit_run(folder: Path) -> FitRun:
+    """A run.
+
+    Raises:
+        InputError: not a finished run of `train.fit`.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        config = load_config(FitConfig, folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a finished run of train.fit ({error}).") from error
+    return FitRun(folder=folder, config=config, result=result)
+
+
+def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) -> tuple[list[Look], dict[int, Tensor]]:
+    """The kernels of a run's field at its beginning and in the end, and where its residual's energy lies then.
+
+    Kernels are taken at a coarse grid of the signal's frame, the residual at all samples; that of signals which are not
+    samples on a grid, and of several at once, is left out.
+
+    Raises:
+        InputError: several signals at once, or a field without a kernel.
+    """
+    trained, frame = load_field(run.folder / "field")
+    if trained.copies is not None:
+        raise InputError(f"{run.folder} holds {trained.copies} fields; a kernel is that of one.")
+    sizes = {"coordinate_dims": trained.coordinate_dims, "channels": trained.channels}
+    fresh = build_field(run.config.field, seed=run.config.run.seed, **sizes)
+    size = coarse_size(frame.coordinate_dims, settings.points)
+    coords, signal = frame.grid(size, device=device), _samples(run, frame, device)
+    looks, energy = [], {}
+    for step, fields in ((0, fresh), (run.config.optim.steps, trained)):
+        fields.to(device)
+        looks.append(look(fields, coords, size, None, step=step, memory=settings.memory))
+        if signal is not None:
+            points, values = signal
+            energy[step] = energy_by_frequency(evaluate(fields, points) - values, tuple(frame.size or ())).cpu()
+    return looks, energy
+
+
+def _samples(run: FitRun, frame: Frame, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Coordinates and values of the run's signal, where it is samples on a grid."""
+    kind, options = TASKS[run.config.task], dict(run.config.signal)
+    paths = signal_paths(str(options.pop("path")), kind)
+    task = kind(paths, read_options(kind.Options, options, f"{run.folder}, signal"), device)
+    coords, values = getattr(task, "coords", None), getattr(task, "values", None)
+    if not isinstance(coords, Tensor) or not isinstance(values, Tensor) or frame.size is None:
+        return None
+    if len(values) != 1 or values.shape[1] != len(coords) or len(coords) != torch.Size(frame.size).numel():
+        return None
+    return coords, values[0]
+
+
+# ---- grids of eval.grid ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridModel:
+    """A field of a grid, on one task: its metric at the end of each seed's fit."""
+
+    task: str
+    name: str
+    config: FieldConfig
+    frame: Frame
+    channels: int
+    seed: int
+    metrics: tuple[float, ...]
+
+    @property
+    def metric(self) -> float:
+        """The mean over seeds."""
+        return sum(self.metrics) / len(self.metrics)
+
+
+def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]:
+    """The fields that a grid of `train.fit` has fitted, and how many of its runs have no result.
+
+    Args:
+        metric: a name in `final` of result.json; by default the first, which is the task's own.
+
+    Raises:
+        InputError: not the folder of a grid, or of one without a finished fit; a metric that a run does not have.
+    """
+    if not (folder / "table.json").is_file():
+        raise InputError(f"{folder} is not the folder of a grid (it has no table.json; eval.grid writes it).")
+    groups: dict[tuple[str, str], list[FitRun]] = {}
+    unfinished = 0
+    for path in sorted((folder / "jobs").glob("*/config.yaml")):
+        if not (path.parent / "result.json").is_file():
+            unfinished += 1
+            continue
+        try:
+            run = read_fit_run(path.parent)
+        except InputError:  # of another program
+            continue
+        # optimizers are compared, too: the kernel is the same, and so each is a point of its own
+        content = {"task": run.config.task, "optim": asdict(run.config.optim)}
+        content |= {"name": run.config.field.name, "block": asdict(field_block(run.config.field))}
+        groups.setdefault((run.config.task, json.dumps(content, sort_keys=True)), []).append(run)
+    if not groups:
+        raise InputError(f"{folder} holds no finished run of train.fit.")
+    found = []
+    for (task, _), runs in groups.items():
+        for run in runs:
+            if metric is not None and metric not in run.result["final"]:
+                raise InputError(f"{run.folder}: there is no {metric}; there are {', '.join(run.result['final'])}.")
+        fields, frame = load_field(runs[0].folder / "field")
+        name = metric or next(iter(runs[0].result["final"]))
+        found.append(
+            GridModel(
+                task=task,
+                name=label(runs[0].config.field),
+                config=runs[0].config.field,
+                frame=frame,
+                channels=fields.channels,
+                seed=runs[0].config.run.seed,
+                metrics=tuple(float(run.result["final"][name]) for run in runs),
+            )
+        )
+    return found, unfinished
