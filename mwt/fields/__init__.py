@@ -20,6 +20,7 @@ from mwt.fields.config import (
     MFNConfig,
     MLPConfig,
 )
+from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 from mwt.fields.encoding import list_encodings
 from mwt.fields.field import Field, evaluate
 from mwt.fields.files import load_field, save_field
@@ -32,6 +33,7 @@ __all__ = [
     "ActivationConfig",
     "AdaptedField",
     "EncodingConfig",
+    "ExpertsConfig",
     "Field",
     "FieldConfig",
     "Frame",
@@ -39,6 +41,7 @@ __all__ = [
     "InterpolatedGridConfig",
     "MFNConfig",
     "MLPConfig",
+    "TiledConfig",
     "WithOffsets",
     "build_field",
     "evaluate",

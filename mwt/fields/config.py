@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from mwt.errors import InputError
+from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 
 T = TypeVar("T")
 
@@ -211,6 +212,8 @@ class FieldConfig:
     mfn: MFNConfig = field(default_factory=MFNConfig)
     hash_grid: HashGridConfig = field(default_factory=HashGridConfig)
     grid: InterpolatedGridConfig = field(default_factory=InterpolatedGridConfig)
+    tiled: TiledConfig = field(default_factory=TiledConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
 def per_axis(values: tuple[T, ...], dims: int, key: str) -> list[T]:

@@ -7,12 +7,14 @@ from typing import Any
 
 from mwt.errors import InputError
 from mwt.fields.config import FieldConfig, choose
+from mwt.fields.experts import LevelsOfExperts
 from mwt.fields.field import Field
 from mwt.fields.grid import Grid
 from mwt.fields.hash_grid import HashGrid
 from mwt.fields.layers import Initializer
 from mwt.fields.mfn import MultiplicativeFilterNetwork
 from mwt.fields.mlp import CoordinateMLP
+from mwt.fields.tiled import Tiled
 
 FieldClass = Callable[..., Field]
 """Called with (block of the configuration, coordinate_dims=, channels=, draws=)."""
@@ -22,6 +24,8 @@ FIELDS: dict[str, FieldClass] = {
     "mfn": MultiplicativeFilterNetwork,
     "hash_grid": HashGrid,
     "grid": Grid,
+    "tiled": Tiled,
+    "experts": LevelsOfExperts,
 }
 
 
