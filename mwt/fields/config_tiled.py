@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mwt.errors import InputError
 
@@ -43,9 +43,9 @@ class TiledConfig:
 class ExpertsConfig:
     """Levels of experts (Hao et al. 2022): each layer has a grid of weight matrices, which repeats itself in space."""
 
-    bases: tuple[tuple[int, ...], ...] = ((8, 8, 8),)
+    bases: tuple[Any, ...] = ((8, 8, 8),)
     """Matrices along an axis, layer by layer: one list for all axes, or one per axis. Layer i divides the range into
-    the product of the bases up to i; its matrices come again after base i of these cells."""
+    the product of the bases up to i; its matrices come again after base i of these cells. Tuples of whole numbers; YAML brings lists within, hence the annotation."""
     width: int = 24
     activation: Literal["leaky_relu", "sine"] = "leaky_relu"
     """leaky_relu: with slope 0.2. sine: SIREN's layers and initial weights (LoE_SIREN)."""

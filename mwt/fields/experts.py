@@ -42,7 +42,8 @@ class LevelsOfExperts(Field):
         )
         self.omega = config.omega if config.activation == "sine" else None
         self.low, self.high = config.coordinate_range
-        bases = torch.tensor(per_axis(config.bases, coordinate_dims, "experts.bases")).T  # [levels, D]
+        along = per_axis(config.bases, coordinate_dims, "experts.bases")
+        bases = torch.tensor(along).T.contiguous()  # [levels, D]
         strides = torch.ones_like(bases)
         for axis in reversed(range(coordinate_dims - 1)):
             strides[:, axis] = strides[:, axis + 1] * bases[:, axis + 1]
@@ -99,3 +100,7 @@ class LevelsOfExperts(Field):
         found = packing.unpack(self.matrices[level](packing.pack(hidden), packing))
         found = found if count is None else found.unflatten(0, (count, points))
         return found + self.biases[level][..., None, :]
+
+    def macs_per_point(self) -> float:
+        """Of one matrix of each level, and of the last layer; places of blocks that stay empty are not counted."""
+        return sum(layer.macs for layer in self.matrices) + self.last.macs

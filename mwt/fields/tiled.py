@@ -42,6 +42,12 @@ class TileLinear(nn.Module):
         torch_default = Spread("uniform", inputs**-0.5)
         self.bias = nn.Parameter(draws.draw(torch_default, tiles, 1, outputs)) if bias else None
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one point: in x out."""
+        inputs, outputs = self.weight.shape[-2:]
+        return inputs * outputs
+
     def forward(self, blocks: Tensor, packing: Packing) -> Tensor:
         """[blocks, capacity, in] to [blocks, capacity, out]."""
         weight = packing.choose(self.weight)
@@ -101,3 +107,7 @@ class Tiled(Field):
             hidden = layer((self.omega * hidden).sin(), packing)
         values = packing.unpack(hidden)
         return values if count is None else values.unflatten(0, (count, points))
+
+    def macs_per_point(self) -> float:
+        """Of one tile's linear layers; places of blocks that stay empty are not counted."""
+        return sum(layer.macs for layer in self.layers)
