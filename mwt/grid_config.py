@@ -101,6 +101,9 @@ class PlotConfig:
     group: str
     x: str
     y: str
+    line: bool = True
+    """Join the rows in their order."""
+    log_x: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

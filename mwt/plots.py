@@ -188,16 +188,18 @@ Tradeoff = Sequence[tuple[str, float, float]]
 """A name, x and y of each point of a curve, in order."""
 
 
-def tradeoff_figure(panels: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str) -> Figure:
+def tradeoff_figure(
+    panels: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, line: bool = True, log_x: bool = False
+) -> Figure:
     """One panel for each (title, points): two quantities against each other, each point with its name beside it."""
     figure = _figure(4.2 * len(panels), 3.4)
     for i, (title, points) in enumerate(panels):
         axes = _plain(figure.add_subplot(1, len(panels), i + 1))
         x, y = [point[1] for point in points], [point[2] for point in points]
-        axes.plot(x, y, "o-", color=(ORANGE, BLUE)[i % 2], linewidth=1.2, markersize=5)
+        axes.plot(x, y, "o-" if line else "o", color=(ORANGE, BLUE)[i % 2], linewidth=1.2, markersize=5)
         for name, *place in points:
             axes.annotate(_name(name), (place[0], place[1]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
         axes.margins(0.12)
     return figure
 

@@ -103,4 +103,4 @@ class LevelsOfExperts(Field):
 
     def macs_per_point(self) -> float:
         """Of one matrix of each level, and of the last layer; places of blocks that stay empty are not counted."""
-        return sum(layer.macs for layer in self.matrices) + self.last.macs
+        return float(sum(layer.macs for layer in (*self.matrices, self.last)))

@@ -89,7 +89,7 @@ class Grid(Field):
     def macs_per_point(self) -> float:
         """Of the interpolation: 2^D vertices, 4^D with cubic."""
         taps_per_axis = 4 if self.interpolation == "cubic" else 2
-        return taps_per_axis**self.coordinate_dims * self.channels
+        return float(taps_per_axis**self.coordinate_dims * self.channels)
 
     def total_variation(self) -> Tensor:
         """Of the vertices: [*N], one number for each grid. Multiply by a weight and add it to the loss."""

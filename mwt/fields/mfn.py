@@ -87,8 +87,7 @@ class MultiplicativeFilterNetwork(Field):
 
     def macs_per_point(self) -> float:
         """Of the filters' frequencies and centres, and of the linear layers."""
-        filters = sum(own.macs for own in self.filters)
-        return filters + sum(layer.macs for layer in (*self.hidden, self.last))
+        return float(sum(part.macs for part in (*self.filters, *self.hidden, self.last)))
 
     def muon_parameters(self) -> list[MuonParameter]:
         """The hidden-to-hidden matrices [*N, in, out]."""

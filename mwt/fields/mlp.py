@@ -93,7 +93,7 @@ class CoordinateMLP(Field):
 
     def macs_per_point(self) -> float:
         """Of the encoding and all linear layers."""
-        return self.encoding.macs + sum(layer.macs for layer in self.modules() if isinstance(layer, Linear))
+        return float(self.encoding.macs + sum(layer.macs for layer in self.modules() if isinstance(layer, Linear)))
 
     def muon_parameters(self) -> list[MuonParameter]:
         """The hidden-to-hidden matrices [*N, in, out]; none where they are complex."""
