@@ -144,9 +144,7 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
         if curves:
             from mwt.plots import figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
-            figure = tradeoff_figure(
-                curves, xlabel=titles[0], ylabel=titles[1], line=plot.line, log_x=plot.log_x
-            )
+            figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1], line=plot.line, log_x=plot.log_x)
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")
     table = records(grid, rows)

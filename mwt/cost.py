@@ -17,6 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +56,7 @@ def _wait(device: torch.device) -> None:
 def siren_sizes(dims: int, width: int, layers: int, channels: int) -> list[tuple[int, int]]:
     """Inputs and outputs of each of `layers` linear layers."""
     sizes = [dims, *[width] * (layers - 1), channels]
-    return list(zip(sizes, sizes[1:], strict=False))
+    return list(pairwise(sizes))
 
 
 def siren_macs(dims: int, width: int, layers: int, channels: int) -> int:

@@ -121,9 +121,7 @@ def test_numbers_of_parameters(config: FieldConfig, dims: int, channels: int, pu
 def test_the_samples_of_a_grid_are_shared_out_evenly(endpoint: bool) -> None:
     """A picture that is not square: sample i of n belongs to tile floor(i T / n), whether -1 and 1 are both samples."""
     size, cells = (48, 90), (6, 9)
-    frame = Frame(
-        kind="image", axes=("y", "x"), coordinate_range=((-1.0, 1.0),) * 2, size=size, endpoint=endpoint
-    )
+    frame = Frame(kind="image", axes=("y", "x"), coordinate_range=((-1.0, 1.0),) * 2, size=size, endpoint=endpoint)
     field = tiled(2, channels=1, tiles=cells, frequencies=0, hidden_layers=0).float()
     with torch.no_grad():
         for parameter in field.parameters():

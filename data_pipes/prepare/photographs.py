@@ -43,7 +43,9 @@ def make(out: Path, size: tuple[int, int]) -> Path:
     pictures = {name: read(name) for name in NAMES}
     largest = tuple(min(picture.shape[axis] for picture in pictures.values()) for axis in (0, 1))
     if size[0] > largest[0] or size[1] > largest[1]:
-        raise InputError(f"--size is {size[0]}x{size[1]}; photographs have at most {largest[0]}x{largest[1]} in common.")
+        raise InputError(
+            f"--size is {size[0]}x{size[1]}; photographs have at most {largest[0]}x{largest[1]} in common."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         top, left = ((whole - part) // 2 for whole, part in zip(picture.shape[:2], size, strict=True))
@@ -58,7 +60,9 @@ def make_mosaic(out: Path, size: tuple[int, int]) -> Path:
         InputError: sides that are no multiples of the block, or too large.
     """
     if any(side % BLOCK or not BLOCK <= side <= LARGEST for side in size):
-        raise InputError(f"--size is {size[0]}x{size[1]}; the sides of a mosaic are multiples of {BLOCK}, to {LARGEST}.")
+        raise InputError(
+            f"--size is {size[0]}x{size[1]}; the sides of a mosaic are multiples of {BLOCK}, to {LARGEST}."
+        )
     parts = [block for name in NAMES for block in blocks(read(name))]
     rows, columns = size[0] // BLOCK, size[1] // BLOCK
     order = permutation(8 * len(parts), seed=0, purpose="mosaic", epoch=0).tolist()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class Tiled(Field):
             TileLinear(
                 draws, self.tiles, inputs, outputs, weight=weight_spread("siren", inputs, outputs, omega=config.omega)
             )
-            for inputs, outputs in zip(sizes, sizes[1:], strict=False)
+            for inputs, outputs in pairwise(sizes)
         )
         strides = [math.prod(cells[axis + 1 :]) for axis in range(coordinate_dims)]
         self.cells: Tensor

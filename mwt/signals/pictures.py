@@ -126,16 +126,18 @@ STRIP = 2**20
 def ssim(shown: Float[Tensor, "N h w C"], truth: Float[Tensor, "N h w C"]) -> Float[Tensor, " N"]:
     """Structural similarity (Wang et al. 2004) with an 11 x 11 Gaussian window of deviation 1.5, numbers in [0, 1].
 
-    The mean over all windows that lie within the picture, a strip of rows after the other.
+    Computed a strip of rows after the other, each with the five rows beside it that its windows reach.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    windows = shown.shape[1] - 10  # of a column
-    rows = max(1, STRIP // shown.shape[2])
+    height = shown.shape[1]
+    rows, reach = max(1, STRIP // shown.shape[2]), 5
     total = torch.zeros(len(shown), device=shown.device)
-    for top in range(0, windows, rows):
-        count = min(rows, windows - top)
-        pair = [part[:, top : top + count + 10].movedim(-1, 1) for part in (shown, truth)]
-        found = structural_similarity_index_measure(pair[0].clamp(0, 1), pair[1], data_range=1.0, reduction="none")
-        total += count / windows * (found if isinstance(found, Tensor) else found[0]).reshape(-1)
-    return total
+    for top in range(0, height, rows):
+        first, end = max(0, top - reach), min(height, top + rows + reach)
+        pair = [part[:, first:end].movedim(-1, 1) for part in (shown, truth)]
+        _, similar = structural_similarity_index_measure(
+            pair[0].clamp(0, 1), pair[1], data_range=1.0, reduction="none", return_full_image=True
+        )
+        total += similar[..., top - first : top - first + rows, :].sum((1, 2, 3))
+    return total / truth[0].numel()
