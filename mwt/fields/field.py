@@ -61,10 +61,10 @@ class Field(nn.Module):
     def macs_per_point(self) -> float:
         """Multiply-adds of one network for a point of a whole grid, by formula: see `mwt.cost`, also for what counts.
 
-        A class without a formula is counted as it computes 16 points.
+        A class without a formula is counted as it computes 16 points, in evaluation mode.
         """
         coords = next(self.parameters()).new_zeros(16, self.coordinate_dims)
-        return counted_macs(lambda: self(coords)) / 16 / (self.copies or 1)
+        return counted_macs(lambda: evaluate(self, coords)) / 16 / (self.copies or 1)
 
     def require_derivatives(self, order: int, task: str) -> None:
         """Refuse a field whose derivatives will not do.

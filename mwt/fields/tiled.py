@@ -111,4 +111,4 @@ class Tiled(Field):
 
     def macs_per_point(self) -> float:
         """Of one tile's linear layers; places of blocks that stay empty are not counted."""
-        return float(sum(layer.macs for layer in self.layers))
+        return float(sum(layer.macs for layer in self.layers if isinstance(layer, TileLinear)))
