@@ -45,7 +45,8 @@ class ExpertsConfig:
 
     bases: tuple[Any, ...] = ((8, 8, 8),)
     """Matrices along an axis, layer by layer: one list for all axes, or one per axis. Layer i divides the range into
-    the product of the bases up to i; its matrices come again after base i of these cells. Tuples of whole numbers; YAML brings lists within, hence the annotation."""
+    the product of the bases up to i; its matrices come again after base i of these cells. Tuples of whole numbers:
+    what YAML brings are lists within a tuple, hence the annotation."""
     width: int = 24
     activation: Literal["leaky_relu", "sine"] = "leaky_relu"
     """leaky_relu: with slope 0.2. sine: SIREN's layers and initial weights (LoE_SIREN)."""
