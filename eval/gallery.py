@@ -157,8 +157,8 @@ def section(number: int, run: Run, floors: list[Floor]) -> tuple[str, list[str]]
     result = run.result
     body, low = numbers(run, floors)
     facts = (
-        f"{run.config.field.name}, {result['parameters']:,} parameters, {result['macs_per_point']:,} multiply-adds a "
-        f"point; {result['steps']:,} steps of {result['optimizer']} in {result['seconds']:.0f} s"
+        f"{run.config.field.name}, {result['parameters']:,} parameters, {result['macs_per_point']:,.0f} multiply-adds "
+        f"a point; {result['steps']:,} steps of {result['optimizer']} in {result['seconds']:.0f} s"
     )
     marks = "".join(f'<p class="low">{escape(line)}</p>' for line in low)
     figures = "".join(map(shown, files_of(run)))

@@ -145,9 +145,9 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
             from mwt.plots import family_figure, figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
             if plot.group in grid.groups():
-                figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1])
+                figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1], line=plot.line, log_x=plot.log_x)
             else:
-                figure = family_figure(curves, xlabel=titles[0], ylabel=titles[1], log=plot.log)
+                figure = family_figure(curves, xlabel=titles[0], ylabel=titles[1], log_x=plot.log_x)
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")
     table = records(grid, rows)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from mwt.fields import Field
 from mwt.fit_config import FitConfig
 from mwt.fitting import Row, SignalFit
 from mwt.plots import curves_figure
@@ -63,15 +60,6 @@ def curve_figure(curve: list[Row], metric: str) -> Figure:
     return curves_figure([(name, [("", steps, values)]) for name, values in panels], xlabel="step")
 
 
-def macs_per_point(fields: Field) -> int:
-    """Multiply-adds of one network for one point, counted by torch: products only, no activations."""
-    device = next(fields.parameters()).device
-    coords = torch.zeros(16, fields.coordinate_dims, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fields(coords)
-    return round(counter.get_total_flops() / 2 / 16 / (fields.copies or 1))
-
-
 def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:
     """result.json: the last and the best evaluation, baselines, and what it took."""
     task, fields = going.task, going.fields
@@ -90,7 +78,7 @@ def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:
         "seconds": round(going.seconds, 2),
         "rates": going.rates,
         "parameters": fields.num_parameters,
-        "macs_per_point": macs_per_point(fields),
+        "macs_per_point": round(fields.macs_per_point(), 1),
         "signal": task.facts(),
     }
 

@@ -104,8 +104,9 @@ class PlotConfig:
     """Its name, or a pattern of the names of several."""
     x: str
     y: str
-    log: bool = False
-    """Several groups: x on a logarithmic axis."""
+    line: bool = True
+    """One group: join the rows in their order."""
+    log_x: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

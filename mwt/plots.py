@@ -188,21 +188,23 @@ Tradeoff = Sequence[tuple[str, float, float]]
 """A name, x and y of each point of a curve, in order."""
 
 
-def tradeoff_figure(panels: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str) -> Figure:
+def tradeoff_figure(
+    panels: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, line: bool = True, log_x: bool = False
+) -> Figure:
     """One panel for each (title, points): two quantities against each other, each point with its name beside it."""
     figure = _figure(4.2 * len(panels), 3.4)
     for i, (title, points) in enumerate(panels):
         axes = _plain(figure.add_subplot(1, len(panels), i + 1))
         x, y = [point[1] for point in points], [point[2] for point in points]
-        axes.plot(x, y, "o-", color=(ORANGE, BLUE)[i % 2], linewidth=1.2, markersize=5)
+        axes.plot(x, y, "o-" if line else "o", color=(ORANGE, BLUE)[i % 2], linewidth=1.2, markersize=5)
         for name, *place in points:
             axes.annotate(_name(name), (place[0], place[1]), xytext=(5, 5), textcoords="offset points", fontsize=8)
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
         axes.margins(0.12)
     return figure
 
 
-def family_figure(curves: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, log: bool = False) -> Figure:
+def family_figure(curves: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, log_x: bool = False) -> Figure:
     """Several curves (name, points) of the same two quantities in one panel, from dark to light in their order."""
     figure = _figure(6.2, 3.6)
     axes = _plain(figure.add_subplot())
@@ -211,7 +213,7 @@ def family_figure(curves: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel
         x, y = [point[1] for point in points], [point[2] for point in points]
         colour = shades(0.9 * i / max(len(curves) - 1, 1))
         axes.plot(x, y, "o-", color=colour, linewidth=1.4, markersize=4, label=_name(name))
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

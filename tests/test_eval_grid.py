@@ -86,7 +86,7 @@ columns:
   wall: {title: "wall, s", stage: make, path: seconds, average: false}
 plots:
   - {name: tradeoff, group: Rate, x: percent, y: score}
-  - {name: family, group: "*t*", y: score, x: percent, log: true}
+  - {name: family, group: "*t*", y: score, x: percent, log_x: true}
 """
 
 

@@ -131,3 +131,12 @@ def test_the_reliability_diagram_has_a_bar_for_each_bin_in_use() -> None:
 def test_data_uri_is_a_png() -> None:
     uri = plots.data_uri(plots.png_bytes(torch.zeros(1, 2, 2, dtype=torch.uint8)))
     assert uri.startswith("data:image/png;base64,iVBOR")
+
+
+@pytest.mark.parametrize(("line", "log_x"), [(True, False), (False, True)])
+def test_tradeoffs_with_and_without_a_line(line: bool, log_x: bool) -> None:
+    panels = [("ours", [("a", 1.0, 2.0), ("b", 100.0, 3.0)])]
+    axes = plots.tradeoff_figure(panels, xlabel="x", ylabel="y", line=line, log_x=log_x).axes[0]
+    assert axes.get_xscale() == ("log" if log_x else "linear")
+    assert axes.lines[0].get_linestyle() == ("-" if line else "None")
+    assert axes.lines[0].get_xydata().tolist() == [[1.0, 2.0], [100.0, 3.0]]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, build_field
@@ -40,6 +41,16 @@ def test_psnr_and_ssim_against_scikit_image() -> None:
             a, b, channel_axis=-1, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
         )
         assert ours[1][i] == pytest.approx(theirs, abs=5e-3)  # they crop the border, torchmetrics pads
+
+
+def test_ssim_in_strips_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = torch.rand(2, 60, 30, 3, generator=torch.Generator().manual_seed(0))
+    shown = truth * 0.9
+    pair = (shown.movedim(-1, 1), truth.movedim(-1, 1))
+    whole = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none")
+    for rows in (1, 7, 25, 60):
+        monkeypatch.setattr(pictures, "STRIP", 30 * rows + 5)
+        torch.testing.assert_close(pictures.ssim(shown, truth), whole, rtol=0, atol=1e-6)
 
 
 def test_a_field_that_is_the_picture_has_no_error(path: Path) -> None:

@@ -22,6 +22,7 @@ from data_pipes.prepare import (
     imagenette,
     mnist,
     modelnet40,
+    photographs,
     synthetic_scene,
 )
 from data_pipes.prepare.images import FITS
@@ -43,8 +44,8 @@ SOURCES: dict[str, Callable[[Request], Source]] = {
     "modelnet40": modelnet40.load,
     "folder": folder.load,
 }
-SIGNALS = ("bunny", "synthetic_scene")
-"""No data sets: a mesh and a scene, for `train.fit`."""
+SIGNALS = ("bunny", "synthetic_scene", "photographs", "mosaic")
+"""No data sets: a mesh, a scene, pictures, for `train.fit`."""
 IN_MEMORY = {"digits", "mnist", "fashion_mnist", "cifar10", "cifar10_trainval"}
 """Encoded faster than other processes start."""
 _MAX_WORKERS = 16
@@ -60,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         f"imagenet1k: {imagenet1k.LAYOUT}. modelnet40: {modelnet40.LAYOUT}. folder: {folder.LAYOUT}. "
         f"bunny: {bunny.LAYOUT}",
     )  # fmt: skip
-    parser.add_argument("--size", metavar="N|HxW", help="resize to N x N, or H x W (imagenette, imagenet1k: 320)")
+    parser.add_argument(
+        "--size", metavar="N|HxW",
+        help="resize to N x N, or H x W (imagenette, imagenet1k: 320); of photographs and mosaic what is written: "
+        "256x384, 4096",
+    )  # fmt: skip
     parser.add_argument(
         "--fit", choices=FITS, default="squash",
         help="how: squash does not keep the aspect ratio, as the paper; crop keeps it and cuts off what is over",
@@ -131,6 +136,10 @@ def _make_signal(options: argparse.Namespace) -> None:
     out = options.out.expanduser()
     if options.name == "bunny":
         made, task = bunny.make(None if options.src is None else options.src.expanduser(), out), "shape"
+    elif options.name == "photographs":
+        made, task = photographs.make(out, _size(options.size) or (256, 384)), "image"
+    elif options.name == "mosaic":
+        made, task = photographs.make_mosaic(out, _size(options.size) or (4096, 4096)), "image"
     else:
         size = _size(options.size) or (64, 64)
         if size[0] != size[1]:

@@ -21,6 +21,7 @@ from mwt.fields.config import (
     MLPConfig,
 )
 from mwt.fields.config_kan import KANConfig
+from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 from mwt.fields.encoding import list_encodings
 from mwt.fields.field import Field, evaluate
 from mwt.fields.files import load_field, save_field
@@ -34,6 +35,7 @@ __all__ = [
     "ActivationConfig",
     "AdaptedField",
     "EncodingConfig",
+    "ExpertsConfig",
     "Field",
     "FieldConfig",
     "Frame",
@@ -42,6 +44,7 @@ __all__ = [
     "KANConfig",
     "MFNConfig",
     "MLPConfig",
+    "TiledConfig",
     "WithOffsets",
     "build_field",
     "evaluate",

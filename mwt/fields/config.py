@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from mwt.errors import InputError
 from mwt.fields.config_kan import KANConfig
+from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 
 T = TypeVar("T")
 
@@ -213,6 +214,8 @@ class FieldConfig:
     kan: KANConfig = field(default_factory=KANConfig)
     hash_grid: HashGridConfig = field(default_factory=HashGridConfig)
     grid: InterpolatedGridConfig = field(default_factory=InterpolatedGridConfig)
+    tiled: TiledConfig = field(default_factory=TiledConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
 
 
 def per_axis(values: tuple[T, ...], dims: int, key: str) -> list[T]:

@@ -32,6 +32,8 @@ class Encoding(nn.Module):
     """Coordinates [..., P, D] to features [..., P, outputs]."""
 
     outputs: int
+    macs: int = 0
+    """Multiply-adds of matrix products for one point."""
 
     def __init__(self, config: EncodingConfig, coordinate_dims: int, draws: Initializer) -> None:
         super().__init__()
@@ -76,6 +78,7 @@ class Fourier(Encoding):
         super().__init__(config, coordinate_dims, draws)
         count = config.frequencies or 128
         self.outputs = 2 * count
+        self.macs = count * coordinate_dims
         self.register_buffer("matrix", draws.normal(count, coordinate_dims, std=config.sigma))
         self.matrix: Tensor
 
@@ -92,6 +95,7 @@ class FourierKan(Encoding):
         super().__init__(config, coordinate_dims, draws)
         count = config.frequencies or 270
         self.outputs = config.outputs
+        self.macs = 2 * coordinate_dims * count * config.outputs
         spread = Spread("normal", (coordinate_dims * count) ** -0.5)
         self.cosine = nn.Parameter(draws.draw(spread, coordinate_dims * count, self.outputs))
         self.sine = nn.Parameter(draws.draw(spread, coordinate_dims * count, self.outputs))

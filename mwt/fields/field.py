@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mwt.cost import counted_macs
 from mwt.errors import InputError, NotDefinedError
 from mwt.fields.config import FieldConfig
 from mwt.fields.layers import Linear
@@ -56,6 +57,14 @@ class Field(nn.Module):
     def num_parameters(self) -> int:
         """Real numbers that are learned, per network."""
         return sum(parameter.numel() for parameter in self.parameters()) // (self.copies or 1)
+
+    def macs_per_point(self) -> float:
+        """Multiply-adds of one network for a point of a whole grid, by formula: see `mwt.cost`, also for what counts.
+
+        A class without a formula is counted as it computes 16 points, in evaluation mode.
+        """
+        coords = next(self.parameters()).new_zeros(16, self.coordinate_dims)
+        return counted_macs(lambda: evaluate(self, coords)) / 16 / (self.copies or 1)
 
     def require_derivatives(self, order: int, task: str) -> None:
         """Refuse a field whose derivatives will not do.

@@ -86,6 +86,11 @@ class Grid(Field):
             table = self.vertices.flatten(-self.coordinate_dims - 1, -2)
             return (rows(table, index, trailing=2) * outer(weights, torch.mul)[..., None]).sum(-2)
 
+    def macs_per_point(self) -> float:
+        """Of the interpolation: 2^D vertices, 4^D with cubic."""
+        taps_per_axis = 4 if self.interpolation == "cubic" else 2
+        return float(taps_per_axis**self.coordinate_dims * self.channels)
+
     def total_variation(self) -> Tensor:
         """Of the vertices: [*N], one number for each grid. Multiply by a weight and add it to the loss."""
         return total_variation(self.vertices, self.coordinate_dims)

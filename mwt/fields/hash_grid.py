@@ -98,6 +98,11 @@ class HashGrid(Field):
             features = self.features(coords)
         return self.decoder.values(features)
 
+    def macs_per_point(self) -> float:
+        """Of the interpolation (2^D entries of F features a level) and the decoder."""
+        levels, dims = self.cells.shape
+        return levels * 2**dims * self.table.shape[-1] + self.decoder.macs_per_point()
+
     def muon_parameters(self) -> list[MuonParameter]:
         """The decoder's hidden-to-hidden matrices [*N, in, out]."""
         return [(f"decoder.{name}", matrix, layout) for name, matrix, layout in self.decoder.muon_parameters()]

@@ -109,6 +109,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(draws.draw(weight, inputs, outputs, *pair))
         self.bias = None if bias is None else nn.Parameter(draws.draw(bias, outputs, *pair))
 
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one point: in x out, four times that of complex numbers (twice, for a real part alone)."""
+        real = 1 if not self.complex_values else 2 if self.real_part else 4
+        inputs, outputs = self.weight.shape[-3:-1] if self.complex_values else self.weight.shape[-2:]
+        return real * inputs * outputs
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., P, in] to [..., P, out]; a leading axis of the input or of the parameters is broadcast."""
         weight: Tensor = self.weight

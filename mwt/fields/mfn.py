@@ -32,6 +32,7 @@ class FourierFilter(nn.Module):
         torch_default = Spread("uniform", coordinate_dims**-0.5)
         self.omega = nn.Parameter(draws.draw(torch_default, coordinate_dims, config.width) * scale)
         self.phi = nn.Parameter(draws.uniform(config.width, low=-math.pi, high=math.pi))
+        self.macs = coordinate_dims * config.width
 
     def forward(self, coords: Tensor) -> Tensor:
         """[..., P, D] to [..., P, H]."""
@@ -49,6 +50,7 @@ class GaborFilter(FourierFilter):
         drawn = gammaincinv(config.alpha / (config.hidden_layers + 1), level) / config.beta
         gamma = torch.as_tensor(drawn, dtype=torch.float32)
         self.gamma = nn.Parameter(gamma)
+        self.macs += coordinate_dims * config.width  # the distances to the centres
         self.omega = nn.Parameter(self.omega.detach() * gamma.sqrt()[..., None, :])
 
     def forward(self, coords: Tensor) -> Tensor:
@@ -82,6 +84,10 @@ class MultiplicativeFilterNetwork(Field):
         for layer, own in zip(self.hidden, filters[1:], strict=True):
             hidden = layer(hidden) * own
         return self.last(hidden)
+
+    def macs_per_point(self) -> float:
+        """Of the filters' frequencies and centres, and of the linear layers."""
+        return float(sum(part.macs for part in (*self.filters, *self.hidden, self.last)))
 
     def muon_parameters(self) -> list[MuonParameter]:
         """The hidden-to-hidden matrices [*N, in, out]."""

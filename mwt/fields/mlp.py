@@ -91,6 +91,10 @@ class CoordinateMLP(Field):
             return values.clamp(*self.clamp)
         return values
 
+    def macs_per_point(self) -> float:
+        """Of the encoding and all linear layers."""
+        return float(self.encoding.macs + sum(layer.macs for layer in self.modules() if isinstance(layer, Linear)))
+
     def muon_parameters(self) -> list[MuonParameter]:
         """The hidden-to-hidden matrices [*N, in, out]; none where they are complex."""
         return hidden_matrices(self.hidden, "hidden")

@@ -7,6 +7,7 @@ from typing import Any
 
 from mwt.errors import InputError
 from mwt.fields.config import FieldConfig, choose
+from mwt.fields.experts import LevelsOfExperts
 from mwt.fields.field import Field
 from mwt.fields.grid import Grid
 from mwt.fields.hash_grid import HashGrid
@@ -14,6 +15,7 @@ from mwt.fields.kan import KAN
 from mwt.fields.layers import Initializer
 from mwt.fields.mfn import MultiplicativeFilterNetwork
 from mwt.fields.mlp import CoordinateMLP
+from mwt.fields.tiled import Tiled
 
 FieldClass = Callable[..., Field]
 """Called with (block of the configuration, coordinate_dims=, channels=, draws=)."""
@@ -24,6 +26,8 @@ FIELDS: dict[str, FieldClass] = {
     "hash_grid": HashGrid,
     "grid": Grid,
     "kan": KAN,
+    "tiled": Tiled,
+    "experts": LevelsOfExperts,
 }
 
 
