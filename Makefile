@@ -50,7 +50,7 @@ fit-demo: .venv/installed-dev ## fit one signal per task, write one page with pi
 		shape.iou=0.95 radiance.psnr=25
 
 test: .venv/installed-dev ## the fast tests
-	$(PY) -m pytest -n $(WORKERS)
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: .venv/installed-dev ## the slow tests alone (real trainings)
 	$(PY) -m pytest -m slow --timeout 3600

@@ -35,7 +35,8 @@ def ordered_processes(
     """`map(function, items)` in `workers` processes that take `piece` items at a time; results in order.
 
     With `workers` 0 (or nothing to do) it works in this process. `function` and the items are pickled, `function` once
-    per process. An exception comes out at its place. The processes end with this one, however it ends.
+    per process; what it imports only when called it may name in `function.imports`. An exception comes out at its
+    place. The processes end with this one, however it ends.
 
     Raises:
         InputError: a process was killed, most often for want of memory.
@@ -67,7 +68,7 @@ def _context(function: Callable[[Any], Any]) -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     module = getattr(function, "__module__", None) or getattr(getattr(function, "func", None), "__module__", None)
-    context.set_forkserver_preload([__name__, module or __name__])
+    context.set_forkserver_preload([__name__, module or __name__, *getattr(function, "imports", ())])
     return context
 
 

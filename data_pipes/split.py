@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipes.decode import POINT_DIMS
 from data_pipes.faults import BadSamples, Policy
-from data_pipes.parallel import copied_ahead
+from data_pipes.parallel import copied_ahead, prefetch
 from data_pipes.schema import DatasetInfo, ShardInfo
 from mwt.errors import InputError
 from mwt.rng import permutation, uniform
@@ -118,12 +118,17 @@ class Split(ABC):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> Iterator[Batch]:
         """This rank's batches of one epoch, `batch_size` samples each, from global batch `start` on.
 
         With `drop_last`, an incomplete last global batch is left out: `dropped()` samples, others in each epoch.
         Without, it is dealt out to the ranks like the others, as evenly as it goes; a rank whose share is empty gets
         no batch for it. What is done about bad samples is said in `data_pipes.faults`.
+
+        Args:
+            prepare: what makes of every batch that which is used. It is called in order, in a thread of its own and
+                one batch ahead: while the batch before is used.
 
         Raises:
             InputError: a sample that cannot be used; the message names shard and key.
@@ -136,7 +141,8 @@ class Split(ABC):
         shares = [
             range(begin + rank, min(begin + whole, len(self)), world) for begin in range(start * whole, end, whole)
         ]
-        return self._walk([share for share in shares if share], asked)
+        batches = self._walk([share for share in shares if share], asked)
+        return batches if prepare is None else prefetch(map(prepare, batches), depth=1)
 
     def _walk(self, shares: list[range], epoch: Epoch) -> Iterator[Batch]:
         """One batch for each share, of the samples at its places in the order of the epoch."""

@@ -10,6 +10,7 @@ Writing them: `data_pipes.weight_write.WeightSetWriter`.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ class WeightSet(Dataset[tuple[Weights, int]]):
     def classes(self) -> tuple[str, ...]:
         """Names of the labels."""
         return self.manifest.classes
+
+    @property
+    def base_checksum(self) -> str | None:
+        """SHA-256 of the base's numbers; None where there is no base. Offsets from one base alone go together."""
+        return None if self.base is None else hashlib.sha256(self.base.flat().cpu().numpy().tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._first[-1])

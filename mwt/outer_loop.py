@@ -50,10 +50,12 @@ class Signals(Protocol):
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        prepare: Callable[[Batch], Batch] | None = None,
     ) -> Iterator[Batch]:
         """This rank's batches of one epoch, from global batch `start` on; those of all ranks make what one would see.
 
-        A global batch is dealt out to the ranks in turn: rank r has every `world`-th sample from its r-th on.
+        A global batch is dealt out to the ranks in turn: rank r has every `world`-th sample from its r-th on. `prepare`
+        is called with each of them while the one before is used.
         """
 
 
@@ -70,6 +72,8 @@ class OuterLoop:
     train: Signals
     prepare: Callable[[Batch, int], Batch]
     """Makes of a batch what training sees in an epoch: augmented."""
+    prepare_ahead: bool = False
+    """Whether that takes long enough to be done while the step before runs."""
     monitored: Signals | None
     may_choose: bool
     """Whether `best` may be chosen on the monitored split: only on `val`, never on what is reported."""
@@ -126,6 +130,10 @@ class OuterLoop:
     def _epoch(self, epoch: int, stop: StopRequested, on_step: OnStep) -> None:
         """The rest of one epoch; returns early where a stop was asked for."""
         config, state, accelerator, device = self.config, self.state, self.accelerator, self.accelerator.device
+
+        def prepare(batch: Batch) -> Batch:
+            return self.prepare(batch, epoch)
+
         batches = self.train.batches(
             batch_size=config.data.batch_size // accelerator.num_processes,
             epoch=epoch,
@@ -135,6 +143,7 @@ class OuterLoop:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             start=state.step - epoch * state.steps_per_epoch,
+            prepare=prepare if self.prepare_ahead else None,
         )
         saved_at = time.monotonic()
         state.start_clock()
@@ -142,7 +151,7 @@ class OuterLoop:
             state.step += 1
             train_step(
                 self.forward,
-                self.prepare(batch, epoch),
+                batch if self.prepare_ahead else prepare(batch),
                 step=state.step,
                 epoch=epoch,
                 seed=config.run.seed,

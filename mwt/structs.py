@@ -37,7 +37,8 @@ class SignalFacts:
 class Batch:
     """Signals with labels, on the device. Made by `data_pipes`; `images`, `coords` and `values`, or `coords` are set.
 
-    `coords` alone are points on surfaces: the signals are the distances to them, asked for anew in every step.
+    `coords` alone are points on surfaces: the signals are the distances to them, asked for anew in every step. Where
+    that has been done ahead of the step (`mwt.observe.asked_ahead`), `queries` and `distances` are what it sees.
 
     Beside images, `coords` [B, h * w, 2] places their pixels elsewhere than on the regular grid (an augmentation).
 
@@ -49,6 +50,13 @@ class Batch:
     images: UInt8[Tensor, "B C h w"] | None = None
     coords: Float[Tensor, "B N D"] | None = None
     values: Float[Tensor, "B N C"] | None = None
+    queries: Float[Tensor, "B S1 P D"] | None = None
+    distances: Float[Tensor, "B S1 P C"] | None = None
+
+    @property
+    def is_surface(self) -> bool:
+        """Whether the signals are distances to points on surfaces."""
+        return self.images is None and self.values is None
 
     def __len__(self) -> int:
         return self.labels.shape[0]

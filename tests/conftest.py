@@ -13,6 +13,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "Agg"
 
 import ast
+import importlib
 import random
 import signal
 import socket
@@ -48,6 +49,24 @@ def silent_tests(path: Path) -> frozenset[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
     return frozenset(function.name for function in functions if not asserts(function))
+
+
+LIBRARIES = (
+    "torch._dynamo", "torchvision", "timm.models.vision_transformer", "accelerate", "torchmetrics.functional.image",
+    "matplotlib.figure", "huggingface_hub", "omegaconf", "webdataset", "scipy.spatial", "scipy.interpolate",
+)  # fmt: skip
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Import the large libraries before ours, which halves the time in which tests are collected.
+
+    While one of our modules is imported, the hook that checks shapes (jaxtyping) looks for the bytecode of whatever
+    that imports under a name of its own, and compiles all of torch._dynamo, sympy and timm because it finds none. Only
+    where tests are collected: not in the process that hands them out to xdist's workers.
+    """
+    if isinstance(collector, pytest.Session):
+        for name in LIBRARIES:
+            importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,9 +15,14 @@ from mwt.observe import observe
 
 
 @torch.no_grad()
-def write_digits(out: Path, counts: dict[str, int], *, copies: int = 0) -> Path:
-    """The first so many networks of each split; `copies` more of each training signal, disturbed a little."""
+def write_digits(out: Path, counts: dict[str, int], *, copies: int = 0, moved: float = 0.0) -> Path:
+    """The first so many networks of each split; `copies` more of each training signal, disturbed a little.
+
+    Args:
+        moved: what the first bias of the base that the fits begin with is larger by.
+    """
     model = MetaWeightTransformer.from_pretrained("builtin:digits")
+    model.siren.layers[0].bias[0] += moved
     inner = model.config.inner_loop
     nought = model.siren.init_offsets(1)
     description = Description(

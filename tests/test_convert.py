@@ -7,8 +7,7 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,6 +34,7 @@ from mwt.errors import InputError
 from mwt.observe import grid
 from mwt.structs import SignalFacts
 from mwt.weight_space import Layout, Weights, render
+from tests.fork_server import Server
 
 ROOT = Path(__file__).parents[1]
 H, W = 5, 7
@@ -463,33 +463,30 @@ def test_stopped_in_the_middle(
         convert.main(["--src", str(sets["plain"]), "--out", str(out), "--format", name])
 
 
-def test_killed(tmp_path: Path) -> None:
+def test_killed(tmp_path: Path, server: Server) -> None:
     """kill -9 of the real program: nothing is there before all is, and what was finished is not written again."""
-    native = write_native(tmp_path / "native", PLAIN, counts={"train": 3000}, shard_bytes=2**20)
+    native = write_native(tmp_path / "native", PLAIN, counts={"train": 1000}, shard_bytes=2**20)
     out = tmp_path / "tree"
     arguments = ["--src", str(native), "--out", str(out), "--format", "nfn", "--workers", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data_pipes.convert", *arguments],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = server.start(*arguments, program="data_pipes.convert")
     try:
         deadline = time.monotonic() + 150
         while not (notes := list((partial_folder(out) / "notes").glob("0*.json"))):
-            assert process.poll() is None
+            assert not out.exists(), "it was over before it could be killed"
             assert time.monotonic() < deadline
-            time.sleep(0.005)
+            time.sleep(0.002)
     finally:
-        process.kill()
-        process.wait()
+        os.kill(process, signal.SIGKILL)
+        assert server.status() == -signal.SIGKILL, server.said()
     assert not out.exists()
     first = next(iter(json.loads(min(notes).read_text())))
     before = (partial_folder(out) / "data" / first).stat()
     convert.main(arguments)
     after = (out / first).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    found = list(nfn_loader(out, "train", [3000, 3000]))
-    ours = load_weight_set(native).batch(range(3000)).weights.flat()
-    assert len(found) == 3000
+    found = list(nfn_loader(out, "train", [1000, 1000]))
+    ours = load_weight_set(native).batch(range(1000)).weights.flat()
+    assert len(found) == 1000
     for i, (weights, biases, label) in enumerate(found):
         assert label == (i + 3) % 10
         flat = torch.cat([part.flatten() for pair in zip(weights, biases, strict=True) for part in pair])

@@ -379,13 +379,19 @@ def test_the_papers_split_of_cifar10() -> None:
 
 
 def test_exit_status(tmp_path: Path) -> None:
-    """As a program: bad input is one sentence on stderr and status 2."""
-    command = [sys.executable, "-m", "data_pipes.prepare", "folder", "--src", "nowhere", "--out", str(tmp_path / "x")]
+    """As a program: bad input is one sentence on stderr and status 2; torchvision is imported for its readers alone."""
+    command = ["-m", "data_pipes.prepare", "folder", "--src", "nowhere", "--out", str(tmp_path / "x")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: No folder at nowhere (--src).\n"
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert said == ["error: No folder at nowhere (--src)."]
     assert done.stdout == ""
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported
+    assert "torchvision" not in imported
 
 
 @pytest.mark.slow

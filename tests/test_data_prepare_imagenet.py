@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from torchvision import transforms
+from torchvision import datasets, transforms
 from torchvision.datasets import imagenet as torchvisions
 
 from data_pipes.decode import image_to_tensor
@@ -74,7 +74,7 @@ def test_imagenette(tmp_path: Path) -> None:
     run("imagenette", "--src", src, "--out", tmp_path / "out")
     info = read_info(tmp_path / "out")
     assert (info.name, info.channels, info.height, info.width) == ("imagenette", 3, 320, 320)
-    assert info.classes == tuple(names[0] for names in imagenette.READER._WNID_TO_CLASS.values())
+    assert info.classes == tuple(names[0] for names in datasets.Imagenette._WNID_TO_CLASS.values())
     assert {split: part.count for split, part in info.splits.items()} == {"train": 30, "val": 10}
     samples = list(iterate_shard(tmp_path / "out" / "train-000000.tar"))
     stored = Image.open(io.BytesIO(samples[0]["jpg"]))
@@ -158,7 +158,7 @@ def test_imagenette_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match=r"imagenette2\.tgz is damaged \(its md5 sum is not that of Imagenette\)"):
         run("imagenette", "--src", archive.parent, "--out", tmp_path / "x")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": ("https://x/imagenette2.tgz", md5)})
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"full": ("https://x/imagenette2.tgz", md5)})
     for out, given in (("a", archive.parent), ("b", archive)):
         run("imagenette", "--src", given, "--out", tmp_path / out, "--size", 20)
         assert read_info(tmp_path / out).splits == read_info(tmp_path / "tree").splits
@@ -195,7 +195,7 @@ def test_an_interrupted_download_is_begun_anew(tmp_path: Path, monkeypatch: pyte
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}/{archive.name}"
-    monkeypatch.setattr(imagenette.READER, "_ARCHIVES", {"full": (url, md5)})
+    monkeypatch.setattr(datasets.Imagenette, "_ARCHIVES", {"full": (url, md5)})
     place(cache / "imagenette2.tgz", archive.read_bytes()[:1000])
     place(cache / "imagenette2" / "train" / "n01440764" / "x.JPEG", b"half")
     place(cache / "unpacked" / md5 / "imagenette2" / "train" / "n01440764" / "n01440764_0.JPEG", b"half")

@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,9 @@ from data_pipes.processes import ordered_processes
 from data_pipes.write import Sample, write_dataset
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
+from tests.fork_server import Server
 
 FACTS = SignalFacts(kind="image", channels=1, height=2, width=3, classes=("a", "b"))
-ROOT = Path(__file__).parents[1]
 
 
 def sample(value: int) -> Sample:
@@ -141,17 +139,14 @@ def test_only_the_first_faults_are_named(tmp_path: Path) -> None:
     assert lines[-1] == "… and 2 more"
 
 
-def test_as_a_program_with_processes(folder: Path) -> None:
+def test_as_a_program_with_processes(folder: Path, server: Server) -> None:
     shard = folder / "test-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    command = [sys.executable, "-m", "data_pipes.verify", str(folder), "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-2:] == [
-        f"error: 1 faults in {folder}:",
-        f"Shard {shard} has another sha256 than recorded.",
-    ]
-    assert done.stdout.splitlines()[1].split() == ["train", "5", "3", "0", "0"]
+    server.start(str(folder), "--workers", "2", program="data_pipes.verify")
+    assert server.status() == 2, server.said()
+    said = server.said().splitlines()
+    assert said[said.index(f"error: 1 faults in {folder}:") + 1] == f"Shard {shard} has another sha256 than recorded."
+    assert ["train", "5", "3", "0", "0"] in [line.split() for line in said]
     with pytest.raises(InputError, match="--workers is -1; it cannot be negative"):
         verify.main([str(folder), "--workers", "-1"])
 

@@ -33,6 +33,7 @@ from mwt.model import MetaWeightTransformer
 from mwt.observe import grid, observe
 from mwt.structs import SignalFacts
 from mwt.weight_space import render
+from tests.fork_server import Server
 from train import classify
 
 ROOT = Path(__file__).parents[1]
@@ -66,24 +67,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
-def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *(launcher or ("-m",)), "eval.export", *arguments],
-        cwd=ROOT, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        return process.communicate(timeout=200)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def test_networks_show_what_the_model_shows(whole: Path, model: MetaWeightTransformer) -> None:
@@ -158,36 +141,48 @@ def test_copies_are_fitted_to_augmented_images(tmp_path: Path, model: MetaWeight
     torch.testing.assert_close(found.psnr[found.index.argsort()], result.psnr, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_write_what_one_does(whole: Path, tmp_path: Path, launcher: str) -> None:
-    process = start(*SMALL, "--out", str(tmp_path / "set"), launcher=LAUNCHERS[launcher])
-    said = finish(process)
-    assert process.returncode == 0, said
+def check_equal(folder: Path, whole: Path, said: str) -> None:
     assert "by 2 processes" in said
-    assert shards(tmp_path / "set") == shards(whole)
-    assert (tmp_path / "set" / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+    assert shards(folder) == shards(whole)
+    assert (folder / "manifest.json").read_text() == (whole / "manifest.json").read_text()
 
 
-def wait_for(out: Path, count: int, process: subprocess.Popen[str]) -> int:
+def test_two_processes_write_what_one_does(whole: Path, tmp_path: Path, server: Server) -> None:
+    said = server.run(*SMALL, "--out", str(tmp_path / "set"), program="eval.export", ranks=2)
+    check_equal(tmp_path / "set", whole, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_processes_that_write_what_one_does(whole: Path, tmp_path: Path, launcher: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], "eval.export", *SMALL, "--out", str(tmp_path / "set")],
+        cwd=ROOT, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_equal(tmp_path / "set", whole, done.stdout)
+
+
+def wait_for(out: Path, count: int, server: Server) -> None:
     deadline = time.monotonic() + 150
     notes = partial_folder(out) / "notes"
-    while (found := len(list(notes.glob("*-?????.json")))) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
+    while len(list(notes.glob("*-?????.json"))) < count:
+        assert not out.exists(), "it was over before it could be killed"
+        assert time.monotonic() < deadline, server.said()
         time.sleep(0.002)
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_and_begun_again(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_killed_and_begun_again(whole: Path, tmp_path: Path, server: Server, number: signal.Signals) -> None:
     out = tmp_path / "set"
-    many = ("--shard-mib", "0.14", "data.limit=200")  # four networks in a shard: a hundred shards
+    many = ("--shard-mib", "0.14", "data.limit=80")  # four networks in a shard: forty shards
     options = (*SMALL, "--out", str(out), *many)
-    process = start(*options)
-    wait_for(out, 2, process)
-    os.kill(process.pid, number)
-    said = finish(process)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], said
+    process = server.start(*options, program="eval.export")
+    wait_for(out, 2, server)
+    os.kill(process, number)
+    status, said = server.status(), server.said()
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], said
     if number != signal.SIGKILL:
         assert "The same command goes on" in said
     assert not out.exists()

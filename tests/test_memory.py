@@ -23,7 +23,7 @@ from mwt.config_files import load_config
 from mwt.evaluation import autocast
 from mwt.memory import LiveTensors, MemoryEstimate, available, estimate, follow_step, peak, readable
 from mwt.model import MetaWeightTransformer
-from mwt.observe import observe
+from mwt.observe import asked_ahead, observe
 from mwt.structs import Batch, SignalFacts
 
 ROOT = Path(__file__).parents[1]
@@ -175,6 +175,26 @@ def test_points_of_any_dimension_count_too() -> None:
     assert found[0] is not None
     assert found[1] is not None
     assert found[1].activations - found[0].activations == pytest.approx(4 * 1000 * 4 * 4, rel=0.01)  # the points alone
+
+
+def test_surfaces_with_what_is_asked_of_them(tmp_path: Path) -> None:
+    """Points on surfaces, and for every step queries of three coordinates with their distances, of each signal."""
+    facts = SignalFacts(kind="points", channels=1, height=None, width=None, classes=("a", "b"))
+    nought = torch.zeros(1, dtype=torch.int64)
+    found = []
+    for points in (50, 150):
+        config = model_config(load_config(ClassifyConfig, None, [*SMALL, f"inner_loop.points={points}"]), facts)
+        surface = Batch(labels=nought, positions=nought, coords=torch.rand(1, 500, 3))
+        example = asked_ahead(surface, config.inner_loop, seed=0, epoch=0)
+        arguments: dict[str, Any] = {"batch_size": 6, "precision": "fp32", "device": CPU}
+        foretold = estimate(config, example, **arguments)
+        assert foretold is not None
+        assert foretold == follow_step(config, example, **arguments)  # without content as with
+        found.append(foretold)
+        assert foretold.parameters == sum(p.nbytes for p in MetaWeightTransformer(config).parameters())
+    steps, hidden = config.inner_loop.steps, config.siren.hidden
+    more = found[1].activations - found[0].activations
+    assert more > 100 * 6 * 4 * (steps + 1) * (3 + 1 + hidden)  # what was asked, and one layer of each step at least
 
 
 def test_it_takes_no_memory_and_no_randomness() -> None:

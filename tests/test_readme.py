@@ -128,6 +128,7 @@ def test_paths_in_the_readme_exist() -> None:
         assert (ROOT / path).is_file(), path
 
 
+@pytest.mark.slow
 def test_accelerate_launch(workplace: Path) -> None:
     """The launcher itself, in a process of its own, as the README has it."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from mwt import runtime
 from mwt.errors import InputError, TrainingError
 from mwt.runtime import StopRequested, can_compile, choose_device, environment, run_program, write_json
+from tests.fork_server import Server
 
 
 @pytest.mark.parametrize(
@@ -121,25 +121,9 @@ def test_the_environment_is_json_and_names_what_results_depend_on() -> None:
     assert facts["command"] == sys.argv
 
 
-def test_importing_the_library_changes_nothing() -> None:
-    """Threads, signal handlers, precision and allocator belong to programs."""
-    code = (
-        "import signal, torch\n"
-        "state = lambda: (torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype(),\n"
-        "                 signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.initial_seed())\n"
-        "before = state()\n"
-        "import mwt, mwt.runtime, mwt.checkpoint, mwt.evaluation, mwt.training\n"
-        "assert state() == before, (before, state())\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-
-
-def test_the_allocator_setting_works_or_says_no() -> None:
-    code = "from mwt.runtime import keep_freed_memory as k; print(k(), k())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.stdout.split() in (["True", "True"], ["False", "False"])
+def test_the_allocator_setting_works_or_says_no(server: Server) -> None:
+    said = server.run(program="", code="from mwt.runtime import keep_freed_memory as k; print(k(), k())")
+    assert said.split() in (["True", "True"], ["False", "False"])
 
 
 def test_what_is_compiled_wins_back_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

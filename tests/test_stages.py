@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from mwt.optim import clip_gradients, make_optimizer
 from mwt.stages import LEARNS, begin_stage, load_field
 from mwt.structs import Batch, SignalFacts
 from mwt.tracking import read_metrics
+from tests.fork_server import Server
 
 ROOT = Path(__file__).parents[1]
 FACTS = SignalFacts(kind="image", channels=1, height=6, width=7, classes=("a", "b", "c"))
@@ -197,7 +196,9 @@ def digits_facts() -> SignalFacts:
     return read_info("builtin:digits").facts
 
 
-def test_the_classifier_s_stage_resumes_without_the_run_it_began_with(reconstruction: Path, tmp_path: Path) -> None:
+def test_the_classifier_s_stage_resumes_without_the_run_it_began_with(
+    reconstruction: Path, tmp_path: Path, server: Server
+) -> None:
     """What it began with is in its own checkpoint, so a removed first stage is no loss."""
     first = tmp_path / "first"
     assert debug(first, "run.stage=reconstruction", "run.seed=1") == 0
@@ -205,15 +206,12 @@ def test_the_classifier_s_stage_resumes_without_the_run_it_began_with(reconstruc
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     assert debug(whole, *arguments) == 0
     code = (
-        "import os, sys, signal, mwt.training_state as t\n"
-        "from mwt.runtime import run_program\n"
-        "import train.classify as program\n"
+        "import os, signal, mwt.training_state as t\n"
         "add = t.Meter.add\n"
         "t.Meter.add = lambda s, step, *v: (add(s, step, *v), step == 3 and os.kill(os.getpid(), signal.SIGTERM))[0]\n"
-        "run_program(program.main, sys.argv[1:])"
     )
-    command = [sys.executable, "-c", code, "--debug", f"run.dir={halved}", "data.limit=32", *arguments]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 143
+    server.start("--debug", f"run.dir={halved}", "data.limit=32", *arguments, code=code)
+    assert server.status() == 143, server.said()[-3000:]
     first.rename(tmp_path / "gone")
     assert program.main(["--resume", f"run.dir={halved}"]) == 0
     assert len(read_metrics(halved / "metrics.jsonl")) == 8

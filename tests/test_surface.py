@@ -14,9 +14,10 @@ from torch import Tensor
 
 from data_pipes.augment import augment
 from mwt.config import InnerLoopConfig
-from mwt.observe import observe
+from mwt.observe import asked_ahead, observe
 from mwt.structs import Batch
 from mwt.surface import by_differences, distances
+from mwt.training import _micro_batches
 
 POINTS = 300
 
@@ -83,6 +84,21 @@ def test_every_step_has_queries_of_its_own() -> None:
     assert len(coords.flatten(0, 2).unique(dim=0)) == 2 * 4 * 30
     assert see(batch(4), fraction=1.0)[0].shape == (1, 4, POINTS, 3)
     assert observe(batch(4), InnerLoopConfig(steps=1, points=7), seed=0).values.shape == (1, 2, 7, 1)
+
+
+def test_what_is_asked_ahead_is_what_the_step_would_ask() -> None:
+    """Bit for bit, also in micro batches; for another number of steps or points it is not taken."""
+    config, signals = InnerLoopConfig(steps=3, fraction=0.1), batch(4, 9, 2)
+    then = observe(signals, config, seed=5, epoch=2)
+    ahead = asked_ahead(signals, config, seed=5, epoch=2)
+    now = observe(ahead, config, seed=5, epoch=2)
+    assert torch.equal(now.coords, then.coords)
+    assert torch.equal(now.values, then.values)
+    parts = [observe(part, config, seed=5, epoch=2) for part in _micro_batches(ahead, 2)]
+    assert torch.equal(torch.cat([part.values for part in parts]), then.values)
+    for other in (InnerLoopConfig(steps=2, fraction=0.1), InnerLoopConfig(steps=3, fraction=0.2)):
+        with pytest.raises(AssertionError, match="asked ahead for other steps"):
+            observe(ahead, other, seed=5, epoch=2)
 
 
 def test_queries_are_uniform_in_the_cube() -> None:

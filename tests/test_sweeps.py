@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +9,7 @@ from torch import Tensor
 from mwt.config import SirenConfig
 from mwt.observe import grid
 from mwt.siren import LayerTensors, Siren
+from tests.fork_server import Server
 from tests.inner_gradient import loss_and_gradient
 
 
@@ -158,12 +155,9 @@ print("graphs", graphs)
 """
 
 
-def test_compiled_training_equals_plain_and_compiles_once() -> None:
+def test_compiled_training_equals_plain_and_compiles_once(server: Server) -> None:
     """In a process of its own: the shape-checking hook and torch.compile do not go together."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
-    )
-    assert done.returncode == 0, done.stderr
+    said = server.run(program="", code=COMPILED)
     # On the grid the first step and the others, on subsets the first and the others, and the rendering of each, all of
     # these forward and backward; one block of the reader for all.
-    assert int(done.stdout.split()[-1]) == 13
+    assert int(said.split()[-1]) == 13

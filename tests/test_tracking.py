@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from mwt.tracking import MetricsLog, read_metrics
+from tests.fork_server import Server
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,7 +62,7 @@ def test_no_log_has_no_lines(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_a_full_disk_leaves_no_torn_line_and_names_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_torn_line_and_names_the_file(tmp_path: Path, server: Server) -> None:
     """In a process of its own, whose files may not grow beyond 200 bytes: the second line fits in part."""
     path = tmp_path / "metrics.jsonl"
     code = (
@@ -73,6 +72,5 @@ def test_a_full_disk_leaves_no_torn_line_and_names_the_file(tmp_path: Path) -> N
         "    try:\n        log.write(step=step, epoch=0.0, split='x' * 80)\n"
         "    except OSError as error:\n        print(step, error.filename)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.splitlines() == [f"1 {path}", f"2 {path}"], done.stderr
+    assert server.run(str(path), program="", code=code).splitlines() == [f"1 {path}", f"2 {path}"]
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0]

@@ -28,6 +28,7 @@ from mwt.config_files import load_config
 from mwt.errors import InputError, TrainingError
 from mwt.runtime import run_program
 from mwt.tracking import read_metrics
+from tests.fork_server import Server
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data_pipes" / "builtin" / "digits"
@@ -308,23 +309,14 @@ def test_an_interrupted_and_resumed_run_that_skips_steps_equals_an_undisturbed_o
         debug(three, *options)
 
 
-def test_a_loss_that_is_not_finite_ends_with_status_1() -> None:
-    arguments = ["--debug", "run.dir=unused", "inner_loop.alpha_max=1e38", "inner_loop.alpha_min=1e37"]
-    code = (
-        "import sys, tempfile, os\nos.chdir(tempfile.mkdtemp())\n"
-        f"from train.classify import main\nfrom mwt.runtime import run_program\nrun_program(main, {arguments!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
-    assert done.returncode == 1, done.stderr
-    assert "not finite at step 1" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_loss_that_is_not_finite_ends_with_status_1(tmp_path: Path, server: Server) -> None:
+    server.start("--debug", f"run.dir={tmp_path / 'run'}", "inner_loop.alpha_max=1e38", "inner_loop.alpha_min=1e37")
+    assert server.status() == 1, server.said()
+    assert "not finite at step 1" in server.said()
+    assert "Traceback" not in server.said()
 
 
 # ---- interrupted and resumed -------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -410,15 +402,32 @@ def test_a_run_may_be_resumed_on_another_way_of_computing_the_same(
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours), "the other way was not taken"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert debug(run) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, stopped after the first."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 1)
+        assert debug(run) == 143
+    return run
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [("siren.hidden_layers=2", r"siren\.hidden_layers"), ("inner_loop.shared_alpha=true", r"inner_loop\.shared_alpha"),
      ("inner_loop.first_order=true", r"inner_loop\.first_order"),
      ("inner_loop.optimizer=momentum", r"inner_loop\.optimizer")],
 )  # fmt: skip
-def test_resuming_with_another_architecture_is_refused(tmp_path: Path, override: str, key: str) -> None:
-    run = tmp_path / "run"
-    assert debug(run) == 0
+def test_resuming_with_another_architecture_is_refused(tmp_path: Path, finished: Path, override: str, key: str) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     with pytest.raises(InputError, match=key):
         program.main(["--resume", f"run.dir={run}", override])
     assert len(rows(run)) == 2
@@ -427,14 +436,9 @@ def test_resuming_with_another_architecture_is_refused(tmp_path: Path, override:
 @pytest.mark.parametrize(
     "override", ["optim.epochs=3", "data.batch_size=4", "optim.lr_siren=1e-6", "run.seed=9", "data.limit=32"]
 )
-def test_a_resume_with_other_settings_takes_them_or_refuses_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
-) -> None:
+def test_a_resume_with_other_settings_takes_them_or_refuses_them(tmp_path: Path, stopped: Path, override: str) -> None:
     """Never the silent mixture of a schedule, an order of the data and a config that do not belong together."""
-    run = tmp_path / "run"
-    stop_at(monkeypatch, 1)
-    assert debug(run) == 143
-    monkeypatch.undo()
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
     key = override.split("=")[0]
     with pytest.raises(InputError, match=f"{key}|the data".replace(".", r"\.")):
         program.main(["--resume", f"run.dir={run}", override])
@@ -476,30 +480,15 @@ def test_the_training_split_can_be_monitored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_a_real_process(tmp_path: Path, number: int, status: int) -> None:
+def test_a_signal_to_a_real_process(tmp_path: Path, server: Server, number: int, status: int) -> None:
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "train.classify",
-        "--debug",
-        f"run.dir={run}",
-        "data.limit=null",
-        "optim.epochs=1000",
-    ]
-    started = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not rows(run) and started.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        started.send_signal(number)
-        _, said = started.communicate(timeout=60)
-    finally:
-        started.kill()
-        started.wait()
-    assert started.returncode == status, said
+    process = server.start("--debug", f"run.dir={run}", "data.limit=null", "optim.epochs=1000")
+    deadline = time.monotonic() + 120
+    while not rows(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process, number)
+    ended, said = server.status(), server.said()
+    assert ended == status, said
     assert f"python -m train.classify --resume run.dir={run}" in said
     assert "Traceback" not in said
     state_of = json.loads((run / "checkpoints" / "last.json").read_text())["folder"]

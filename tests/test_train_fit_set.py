@@ -21,6 +21,7 @@ from mwt.config_files import list_configs, load_config
 from mwt.errors import InputError
 from mwt.fit_set_config import FitSetConfig
 from mwt.weight_space import Weights
+from tests.fork_server import Server
 from train.fit_set import CONFIGS, main
 
 ROOT = Path(__file__).parents[1]
@@ -144,17 +145,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
 
 
-def test_killed_and_started_again_it_makes_the_same_set(tmp_path: Path) -> None:
+def test_killed_and_started_again_it_makes_the_same_set(tmp_path: Path, server: Server) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     extra = ["data.limit=30", "run.shard_networks=5", "fit.steps=150"]
     expected = fit(whole, *extra)
     notes = tmp_path / ".killed.partial" / "notes"
-    process = subprocess.Popen(command(out), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    process = server.start(*SMALL, *extra, f"run.out={out}", program="train.fit_set")
+    deadline = time.monotonic() + 120
     while len(list(notes.glob("*-*.json"))) < 2:
-        assert process.poll() is None, "it was over before it could be killed"
+        assert not out.exists(), "it was over before it could be killed"
+        assert time.monotonic() < deadline, server.said()
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(process, signal.SIGKILL)
+    assert server.status() == -signal.SIGKILL, server.said()
     assert not out.exists()
     begun = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".killed.partial" / "data").glob("*-*")}
     networks = fit(out, *extra)

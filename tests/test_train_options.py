@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,38 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [("optim.schedule=cosine", "optim.warmup=0.3"), ("optim.schedule=constant",), ("optim.accumulate=2",),
-     ("optim.ema=0.9", "optim.accumulate=4"), ("run.monitor_limit=7",), ("optim.ema=0.5", "run.monitor_limit=7")],
-    ids=lambda options: " ".join(options),
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Callable[..., Path]:
+    """Runs that nothing disturbs, made once for each set of options."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(*options: str) -> Path:
+        if options not in made:
+            made[options] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert train(made[options], f"data.path={data}", *options) == 0
+        return made[options]
+
+    return make
+
+
+OPTIONS = (
+    ("optim.schedule=cosine", "optim.warmup=0.3"), ("optim.schedule=constant",), ("optim.accumulate=2",),
+    ("optim.ema=0.9", "optim.accumulate=4"), ("run.monitor_limit=7",), ("optim.ema=0.5", "run.monitor_limit=7"),
 )  # fmt: skip
-@pytest.mark.parametrize("step", [3, 5])
+
+
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [*((options, 3) for options in OPTIONS), (OPTIONS[-1], 5),
+     *(pytest.param(options, 5, marks=pytest.mark.slow) for options in OPTIONS[:-1])],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else f"step {value}",
+)  # fmt: skip
 def test_interrupted_and_resumed_it_ends_like_an_undisturbed_run(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], step: int
-) -> None:
-    one, two, plain = (tmp_path / name for name in ("one", "two", "plain"))
-    assert train(one, f"data.path={data}", *options) == 0
+    tmp_path: Path, data: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], step: int,
+) -> None:  # fmt: skip
+    """Within an epoch and, step 5, at its end."""
+    one, two = undisturbed(*options), tmp_path / "two"
 
     def vote(stop: Any, number: int, device: Any, *, save: bool = False) -> tuple[bool, bool]:
         if number == step:
@@ -101,8 +121,7 @@ def test_interrupted_and_resumed_it_ends_like_an_undisturbed_run(
     for file in files:
         assert same(tensors(one, file), tensors(two, file)), file
     assert (one / "checkpoints" / "best.json").read_text() == (two / "checkpoints" / "best.json").read_text()
-    assert train(plain, f"data.path={data}") == 0
-    assert rows(plain) != rows(one), "the option did nothing"
+    assert rows(undisturbed()) != rows(one), "the option did nothing"
 
 
 def test_micro_batches_change_nothing_but_rounding_and_may_be_changed_by_a_resume(tmp_path: Path) -> None:

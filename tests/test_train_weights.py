@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from data_pipes.decode import encode_png
 from data_pipes.read import open_split
 from data_pipes.schema import read_info
+from data_pipes.weight_examples import Part, choose_networks
 from data_pipes.weights import load_weight_set
 from data_pipes.write import Sample, write_dataset
 from mwt.config_files import load_config
@@ -27,7 +28,7 @@ from mwt.symmetry import WeightAugmentation
 from mwt.tracking import read_metrics
 from mwt.weights_config import WeightsAugmentConfig, WeightsConfig
 from tests.digits_weights import write_digits
-from train.weights import Part, build, choose_networks, main, make_augmentation
+from train.weights import build, main, make_augmentation
 
 CPU = torch.device("cpu")
 SMALL_INR2VEC = (
@@ -223,6 +224,33 @@ def test_networks_of_another_layout_are_refused(networks: Path, tmp_path: Path) 
         run(networks, folder, "--evaluate")
     with pytest.raises(InputError, match=r"exists already.*train.weights --resume"):
         run(networks, folder, "reader.name=linear")
+
+
+def test_offsets_from_another_base_are_refused(networks: Path, tmp_path: Path) -> None:
+    """Of the same layout and classes; another set from the same base, and whole networks of another, are welcome."""
+    counts = {"train": 16, "test": 8}
+    same, other = write_digits(tmp_path / "same", counts), write_digits(tmp_path / "other", counts, moved=0.01)
+    for values in ("delta", "phi"):
+        folder = tmp_path / values
+        assert run(networks, folder, "--debug", "reader.name=linear", f"data.values={values}") == 0
+        assert run(same, folder, "--evaluate") == 0
+        if values == "phi":
+            assert run(other, folder, "--evaluate") == 0
+            continue
+        with pytest.raises(InputError, match=r"The offsets of .*other are from another base than .*data\.values=phi"):
+            run(other, folder, "--evaluate")
+
+
+def test_the_factor_for_offsets_on_whole_networks_is_warned_of(
+    networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for number, (warned, *options) in enumerate([
+        (True, "data.values=phi"), (False, "data.values=phi", "reader.input=standardise"),
+        (False, "data.values=phi", "reader.input=raw"), (False, "data.values=delta"),
+    ]):  # fmt: skip
+        assert run(networks, tmp_path / str(number), "--debug", "reader.name=linear", *options) == 0
+        said = "warning: reader.input=scale multiplies what is read by 500, which suits offsets; these are whole"
+        assert (said in capsys.readouterr().err) == warned, options
 
 
 def test_the_mean_and_deviation_of_a_set_are_needed_to_standardise(networks: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from mwt.config_files import config_yaml, flat, list_configs, load_config
 from mwt.errors import InputError
 from mwt.memory import MemoryEstimate
 from mwt.model import MetaWeightTransformer
-from mwt.observe import observe
+from mwt.observe import asked_ahead, observe
 from mwt.outer_loop import OuterLoop
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
@@ -91,8 +91,10 @@ def open_data(config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerato
 
 
 def prepare_batch(batch: Batch, config: ClassifyConfig, epoch: int) -> Batch:
-    """The batch as training sees it: augmented."""
-    return augment(batch, config.data.augment, seed=config.run.seed, epoch=epoch, padding=config.data.crop_padding)
+    """The batch as training sees it: augmented; distances to surfaces are asked for."""
+    seed = config.run.seed
+    batch = augment(batch, config.data.augment, seed=seed, epoch=epoch, padding=config.data.crop_padding)
+    return asked_ahead(batch, config.inner_loop, seed=seed, epoch=epoch) if batch.is_surface else batch
 
 
 def build(
@@ -117,6 +119,7 @@ def build(
         accelerator=accelerator,
         train=train,
         prepare=lambda batch, epoch: prepare_batch(batch, config, epoch),
+        prepare_ahead=example.is_surface and device.type == "cpu",  # a GPU would do both in turn
         monitored=monitored,
         may_choose=monitored is not None and monitored.name == "val" != config.data.test_split,
         model=model,

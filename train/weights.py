@@ -19,28 +19,26 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from data_pipes.read import open_split
-from data_pipes.weight_moments import Moments
-from data_pipes.weights import WeightSet, load_weight_set
+from data_pipes.weight_examples import Part, choose_networks
+from data_pipes.weights import WeightSet
 from mwt import runtime
 from mwt.checkpoint import check_run_directory
 from mwt.config_files import config_yaml, list_configs, load_config
 from mwt.errors import InputError
 from mwt.evaluation import Classification
 from mwt.metrics import confusion_matrix
-from mwt.observe import grid, pixels
-from mwt.reader_training import Examples, ReaderTraining, Sample, evaluate_reader
+from mwt.observe import grid
+from mwt.reader_training import ReaderTraining, Sample, evaluate_reader
 from mwt.readers import Reader, load_reader, make_reader
 from mwt.readers.saved import checkpoint_folder
-from mwt.rng import derived_seed, permutation, uniform
+from mwt.rng import derived_seed, uniform
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json
 from mwt.symmetry import WeightAugmentation, augment, permute_neurons, random_permutations
@@ -80,93 +78,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, WeightsConfig]:
 
 
 # ---- what a run is made of ---------------------------------------------------------------------------------------
-
-
-class Part:
-    """A split of the set on the device, as a reader reads it."""
-
-    def __init__(self, config: WeightsConfig, split: str, device: torch.device, *, images: bool) -> None:
-        """Read it.
-
-        Args:
-            images: the reader reads what the networks were fitted to.
-        """
-        self.set: WeightSet = load_weight_set(config.data.path, split, config.data.values).resident(device)
-        self.split, self.device = split, device
-        self.images = self._images(config) if images else None
-
-    def _images(self, config: WeightsConfig) -> Tensor:
-        """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
-        path = config.data.images or str(self.set.manifest.source.get("path", ""))
-        source = open_split(path, self.split, device=self.device, reader="resident")
-        found, labels = [], []
-        for batch in source.batches(batch_size=1024):
-            if batch.images is None:
-                raise InputError(f"reader.name={config.reader.name} reads images; {path} holds point sets.")
-            found.append(pixels(batch.images).mT.unflatten(2, batch.images.shape[-2:]))
-            labels.append(batch.labels)
-        images, index = torch.cat(found), self.set.column("index")
-        if len(images) <= int(index.max()):
-            raise InputError(
-                f"{path} has {len(images)} images in {self.split!r}, fewer than the networks of {self.set.path} were "
-                "fitted to; name their data set with data.images."
-            )
-        if not torch.equal(torch.cat(labels)[index], self.set.column("label")):
-            raise InputError(
-                f"The images of {path} have other labels in {self.split!r} than the networks of {self.set.path}: they "
-                "are not those that these were fitted to. Name their data set with data.images."
-            )
-        return images
-
-    def read(self, places: Tensor, *, whole: bool = False) -> Sample:
-        """The networks at places of the split; with `whole`, phi beside what is read."""
-        batch = self.set.batch(places)
-        phi = self.phi(batch.weights) if whole else None
-        return Sample(batch.weights if self.images is None else self.images[batch.index], batch.labels, phi)
-
-    def phi(self, weights: Weights) -> Weights:
-        """The whole networks."""
-        if self.set.values == "phi":
-            return weights
-        assert self.set.base is not None, "offsets have a base"
-        return combine(weights, self.set.base, 1)
-
-    def delta(self, phi: Weights) -> Weights:
-        """What the reader reads of whole networks."""
-        if self.set.values == "phi":
-            return phi
-        assert self.set.base is not None, "offsets have a base"
-        return combine(phi, self.set.base, -1)
-
-    def statistics(self, places: Tensor) -> tuple[Weights, Weights]:
-        """Mean and deviation of every weight over these networks, each [1, …]: the set's own where it is these."""
-        if len(places) == len(self.set) and self.split == self.set.manifest.statistics["split"]:
-            return self.set.statistics()
-        moments = [Moments.of(self.set.batch(some).weights.flat()) for some in places.split(256)]
-        total = sum(moments[1:], start=moments[0])
-        mean, std = (Weights.unflatten(x[None].float(), self.set.layout) for x in (total.mean, total.std))
-        return mean, std
-
-    def examples(self, places: Tensor, *, name: str, whole: bool = False) -> Examples:
-        """Some networks of the split."""
-        return Examples(name=name, places=places, read=partial(self.read, whole=whole))
-
-
-def combine(x: Weights, y: Weights, sign: int) -> Weights:
-    """x + sign y."""
-    return Weights(*(tuple(a + sign * b for a, b in zip(*parts, strict=True)) for parts in zip(x, y, strict=True)))
-
-
-def choose_networks(config: WeightsConfig, part: Part) -> tuple[Tensor, Tensor]:
-    """Places of the networks to train on, and of those held out: all networks of a signal are on one side."""
-    data, copies, index = config.data, part.set.column("copy").cpu(), part.set.column("index").cpu()
-    most = 0 if part.images is not None else data.copies
-    kept = torch.ones_like(copies, dtype=torch.bool) if most is None else copies <= most
-    signals = index.unique()
-    order = signals[permutation(len(signals), seed=config.run.seed, purpose="holdout")]
-    held = torch.isin(index, order[: round(data.holdout * len(signals))])
-    train, val = (kept & ~held).nonzero().flatten(), ((copies == 0) & held).nonzero().flatten()
-    return train[: data.limit], val[: data.limit]
 
 
 def make_augmentation(options: WeightsAugmentConfig, part: Part, seed: int) -> Any:
@@ -231,6 +142,8 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
         "data": str(data.path), "values": part.set.values, "classes": list(part.set.classes),
         "set": part.set.manifest.fingerprint,
     }  # fmt: skip
+    if part.set.values == "delta":
+        reader.facts["base"] = part.set.base_checksum
     monitored = part.examples(held, name="val") if len(held) else None
     if data.val_split is not None and data.val_split == data.test_split:
         raise InputError(
@@ -285,7 +198,7 @@ def check_fits(reader: Reader, networks: WeightSet) -> None:
     """Refuse networks that the reader was not trained for.
 
     Raises:
-        InputError: another layout, other classes, or weights where offsets were read.
+        InputError: another layout, other classes, weights where offsets were read, or offsets from another base.
     """
     for what, theirs, ours in (
         ("layout", f"{networks.layout}, omegas {networks.layout.omegas}",
@@ -295,6 +208,12 @@ def check_fits(reader: Reader, networks: WeightSet) -> None:
     ):  # fmt: skip
         if theirs != ours:
             raise InputError(f"The networks of {networks.path} do not fit the reader: {what} {theirs}, trained {ours}.")
+    same = reader.facts["set"] == networks.manifest.fingerprint
+    if networks.values == "delta" and not same and reader.facts.get("base") != networks.base_checksum:
+        raise InputError(
+            f"The offsets of {networks.path} are from another base than those that the reader was trained on, so they "
+            "mean other networks to it. Export both sets with one model, or train on whole networks (data.values=phi)."
+        )
 
 
 def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig) -> dict[str, Any]:
@@ -342,9 +261,25 @@ def describe(run: ReaderTraining) -> None:
     print(f"data      {config.data.path}: {len(run.train)} networks {reader.layout} in {run.train.name!r}, {held}")
     print(f"reader    {config.reader.name}: {sum(p.numel() for p in reader.parameters()):,} parameters, reads "
           f"{'images' if reader.reads_images else reader.facts['values']}, input {config.reader.input}")  # fmt: skip
+    if warning := scale_warning(reader):
+        print(f"warning: {warning}", file=sys.stderr)
     first = f"{config.optim.pretrain_epochs} epochs on the fields, then " if config.optim.pretrain_epochs else ""
     print(f"training  {first}{config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size}")
     print(f"run       {run.directory}" + (f", going on at step {run.step}" if run.step else ""), flush=True)
+
+
+def scale_warning(reader: Reader) -> str | None:
+    """A sentence where the factor that is meant for small offsets multiplies whole networks, and something learns."""
+    factor, learns = reader.config.token_scale, any(True for _ in reader.parameters())
+    if reader.facts["values"] != "phi" or reader.config.input != "scale" or not factor or not learns:
+        return None
+    if reader.reads_images:
+        return None
+    return (
+        f"reader.input=scale multiplies what is read by {factor:g}, which suits offsets; these are whole networks "
+        "(phi), whose weights are far larger. Set reader.input=standardise, or data.values=delta where the set has a "
+        "base."
+    )
 
 
 def show(document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ from tqdm import tqdm
 
 from data_pipes.prepare import (
     bunny,
-    cifar10,
     digits,
     folder,
     imagenet1k,
     imagenette,
-    mnist,
     modelnet40,
     photographs,
     synthetic_scene,
@@ -33,12 +32,23 @@ from data_pipes.write import SHARD_BYTES, Sample, check_new, finished_shards, pa
 from mwt.errors import InputError
 from mwt.runtime import run_program
 
+
+def _later(module: str, function: str, *first: str) -> Callable[[Request], Source]:
+    """A function of a module that is imported when it is called: torchvision's readers take seconds to import."""
+
+    def load(request: Request) -> Source:
+        source: Source = getattr(import_module(f"data_pipes.prepare.{module}"), function)(*first, request)
+        return source
+
+    return load
+
+
 SOURCES: dict[str, Callable[[Request], Source]] = {
     "digits": digits.load,
-    "mnist": partial(mnist.load, "mnist"),
-    "fashion_mnist": partial(mnist.load, "fashion_mnist"),
-    "cifar10": cifar10.load,
-    "cifar10_trainval": cifar10.load_trainval,
+    "mnist": _later("mnist", "load", "mnist"),
+    "fashion_mnist": _later("mnist", "load", "fashion_mnist"),
+    "cifar10": _later("cifar10", "load"),
+    "cifar10_trainval": _later("cifar10", "load_trainval"),
     "imagenette": imagenette.load,
     "imagenet1k": imagenet1k.load,
     "modelnet40": modelnet40.load,

@@ -8,7 +8,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
 from data_pipes.prepare.imagenette import SPLITS, images_source, trees_source
@@ -56,6 +55,8 @@ def class_names(wnids: list[str], words: dict[str, str]) -> dict[str, str]:
 
     Torchvision's list for all 1,000, else `words`, else the numbers themselves.
     """
+    from torchvision.models import ResNet18_Weights  # seconds, as in imagenette.py
+
     categories = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     if len(wnids) == len(categories):
         words = dict(zip(wnids, categories, strict=True))

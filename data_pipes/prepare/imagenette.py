@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from urllib.error import URLError
 
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url
-
 from data_pipes.prepare.download import cache_folder, download_failed
 from data_pipes.prepare.images import ImageFile, ImageMaker
 from data_pipes.prepare.source import Part, Request, Source, checksum, other_counts, stored_order
@@ -18,7 +15,6 @@ from data_pipes.schema import IMAGE_SUFFIXES
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 
-READER = datasets.Imagenette
 LICENCE = "Apache-2.0 (Imagenette, fast.ai); the images are ImageNet's, for non-commercial research"
 CLASSES = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
@@ -43,7 +39,9 @@ def load(request: Request) -> Source:
     request.only("imagenette", "size", "fit", "quality")
     if request.src is None:
         cache = cache_folder("imagenette")
-        url, md5 = READER._ARCHIVES["full"]
+        from torchvision.datasets.utils import download_url
+
+        url, md5 = _archives()["full"]
         try:
             if not _is_whole(_unpacked(md5)):
                 download_url(url, str(cache), _ARCHIVE, md5)
@@ -68,14 +66,24 @@ def _folder(src: Path) -> Path:
     archive = src if src.is_file() else src / _ARCHIVE
     if not archive.is_file():
         raise InputError(f"{src} (--src) holds neither the folders train and val, nor imagenette2, nor {_ARCHIVE}.")
-    md5 = {Path(url).name: md5 for url, md5 in READER._ARCHIVES.values()}.get(archive.name)
+    md5 = {Path(url).name: md5 for url, md5 in _archives().values()}.get(archive.name)
     if md5 is None:
-        names = ", ".join(sorted(Path(url).name for url, _ in READER._ARCHIVES.values()))
+        names = ", ".join(sorted(Path(url).name for url, _ in _archives().values()))
         raise InputError(f"{archive} (--src) is not one of Imagenette's archives: {names}.")
     _check_not_small(archive.name.removesuffix(".tgz"))
+    from torchvision.datasets.utils import check_integrity
+
     if not check_integrity(str(archive), md5):
         raise InputError(f"{archive} is damaged (its md5 sum is not that of Imagenette); get it again.")
     return _unpack(archive, _unpacked(md5))
+
+
+def _archives() -> dict[str, tuple[str, str]]:
+    """URL and md5 sum of each archive."""
+    from torchvision import datasets  # seconds, which all programs that prepare other data would wait for
+
+    archives: dict[str, tuple[str, str]] = datasets.Imagenette._ARCHIVES
+    return archives
 
 
 def _check_not_small(name: str) -> None:

@@ -68,6 +68,11 @@ class ImageMaker:
     fit: str = "squash"
     quality: int = 100
 
+    @property
+    def imports(self) -> tuple[str, ...]:
+        """What every process that calls this imports; see `ordered_processes`."""
+        return () if self.size is None else ("torchvision.transforms.v2",)
+
     def __call__(self, file: ImageFile) -> Sample:
         """One sample; what the file holds counts, not what it is called (a PNG may be named .JPEG).
 
