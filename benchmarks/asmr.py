@@ -91,11 +91,11 @@ class Case:
         field, last = self.asmr, self.asmr.layers - 2
         cells = [math.prod(level) for level in field.cells]
         places, width = math.prod(field.tile) * field.channels, self.width
-        new = {"device": self.device}
-        hidden = [torch.randn(cells[i], width, **new) for i in range(1, last + 1)]
-        square, weights = torch.randn(width, width, **new), torch.randn(width, places, **new)
+        device = self.device
+        hidden = [torch.randn(cells[i], width, device=device) for i in range(1, last + 1)]
+        square, weights = torch.randn(width, width, device=device), torch.randn(width, places, device=device)
         outs = [torch.empty_like(part) for part in hidden]
-        values = torch.empty(cells[last], places, **new)
+        values = torch.empty(cells[last], places, device=device)
 
         def products() -> None:
             for part, out in zip(hidden, outs, strict=True):
