@@ -60,6 +60,8 @@ Plan = Tensor | Tiles | None
 class ASMR(Field):
     """The network of this module, on the grid of a frame or of its own configuration."""
 
+    tile: tuple[int, ...]
+
     def __init__(
         self,
         config: ASMRConfig,
