@@ -120,7 +120,7 @@ def test_batches_of_any_samples(name: str) -> None:
         own = coords[index].clone()
         kinds.add(type(field._plan(own)))
         torch.testing.assert_close(field(own), whole[index], rtol=0, atol=1e-12, msg=lambda m, b=batch: f"{b}: {m}")
-    assert len(kinds) == 2  # tiles and samples
+    assert len(kinds) == (1 if name == "sound" else 2)  # tiles, and samples; a tile of 5 is always worth it
 
 
 @pytest.mark.parametrize("copies", [None, 3])
@@ -192,7 +192,7 @@ def test_initial_values_and_sizes_are_the_published_ones() -> None:
     with FlopCounterMode(display=False) as counter:  # the published count: 1,344.2 a sample
         field.whole(angle_addition=False)
     assert counter.get_total_flops() / 2 / 512**2 == pytest.approx(1344.2, abs=0.05)
-    assert macs_per_point(field) == 1601  # the last layer twice, and weights times modulations
+    assert macs_per_point(field) == 1600  # the last layer twice, and weights times modulations
 
 
 # ---- bases -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12531).
 
 A sample's number along each axis is written with L digits d_0 ... d_(L-1) (`mwt.fields.asmr_bases`), and u_i =
-d_i / (B_i - 1) in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by the next digit:
+d_i / (B_i - 1) in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by
+the next digit:
 
     z_0 = sin(omega (W_0 u_0     + b_0 + omega M_0 u_1))
     z_i = sin(omega (W_i z_(i-1) + b_i + omega M_i u_(i+1)))      i = 1 ... L - 2
@@ -248,6 +249,8 @@ class ASMR(Field):
                 "A field of name=asmr has no gradient with respect to coordinates: it knows the numbers of samples, "
                 "and nothing between them."
             )
+        while _functorch.is_gradtrackingtensor(coords):  # torch.func.grad wraps every argument
+            coords = _functorch.get_unwrapped(coords)
         numbers = self._numbers(coords)
         if coords.ndim > 2 or _functorch.is_batchedtensor(coords):
             return numbers
