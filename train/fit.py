@@ -90,10 +90,9 @@ def describe(config: FitConfig, task: Task, going: SignalFit) -> None:
         if config.optim.points
         else f"all {task.points:,}"
     )
-    macs = going.fields.macs_per_point()
-    print(
-        f"field     {config.field.name}: {going.fields.num_parameters:,} parameters, {macs:,.0f} multiply-adds a point"
-    )
+    cost = f"{going.fields.num_parameters:,} parameters, {going.fields.macs_per_point():,.0f} multiply-adds a point"
+    detail = f"; {going.fields.detail}" if going.fields.detail else ""
+    print(f"field     {config.field.name}: {cost}{detail}")
     rates = ", ".join(f"{rate:.3g}" for rate in going.rates)
     print(f"fit       {config.optim.steps:,} steps of {config.optim.name} (rates {rates}), {points} points a step")
     for name, metrics in going.baselines.items():

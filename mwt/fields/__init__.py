@@ -20,6 +20,7 @@ from mwt.fields.config import (
     MFNConfig,
     MLPConfig,
 )
+from mwt.fields.config_asmr import ASMRConfig
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 from mwt.fields.encoding import list_encodings
@@ -32,6 +33,7 @@ from mwt.fields.registry import FIELDS, build_field, list_fields
 
 __all__ = [
     "FIELDS",
+    "ASMRConfig",
     "ActivationConfig",
     "AdaptedField",
     "EncodingConfig",
