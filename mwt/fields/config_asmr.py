@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mwt.fields.config_checks import require
 
@@ -11,9 +12,10 @@ from mwt.fields.config_checks import require
 class ASMRConfig:
     """Activation-sharing multi-resolution network (Li et al. 2024), on the samples of a grid and nowhere else."""
 
-    bases: tuple[tuple[int, ...], ...] | None = None
+    bases: tuple[Any, ...] | None = None
     """Of the digits of a sample's number, the coarsest first: [[4, 4, 4, 8]] for all axes, or one list per axis, all
-    equally long. null: chosen for the size (`mwt.fields.asmr_bases.choose_bases`)."""
+    equally long. null: chosen for the size (`mwt.fields.asmr_bases.choose_bases`). Tuples of whole numbers: what YAML
+    brings are lists within a tuple, hence the annotation."""
     layers: int | None = None
     """L, linear layers and digits; null: as many as `bases` has, or 4."""
     width: int = 256
