@@ -51,7 +51,7 @@ while step < int(options["steps"]):
     (run / "state.json.new").rename(run / "state.json")
     time.sleep(float(options.get("pause", 0)))
 if options.get("fail") == "true":
-    print("there is no more sand"); sys.exit(3)
+    print("there is no more sand"); sys.exit(7)
 score = 10 * float(options["lr"]) + int(options["run.seed"]) ** 2
 (run / "result.json").write_text(json.dumps({"score": {"mean": score}, "rows": [1, {"x": 7}]}))
 with (run / "log.jsonl").open("w") as file:
@@ -231,11 +231,11 @@ def test_a_failure_stands_in_the_table_and_does_not_stop_the_others(
     assert not [label for label in records if label.startswith("Default") and "judge" in label]
     rows = table(toys)
     assert rows["Default", "again"]["score_mean"] == ""
-    assert "seed 0: make failed with status 3" in rows["Default", "again"]["problems"]
+    assert "seed 0: make failed with status 7" in rows["Default", "again"]["problems"]
     assert float(rows["Rate", "0.3"]["score_mean"]) == pytest.approx(3.5)
     text = (toys.parent / "out" / "table.md").read_text()
     log = f"jobs/{records['Default: again, seed 1: make']['id']}.log"
-    assert f"- Default: again, seed 1: make failed with status 3, see {log}" in text
+    assert f"- Default: again, seed 1: make failed with status 7, see {log}" in text
     assert "0 of 2, 2 FAILED" in text
     said = capsys.readouterr()
     assert "failed after" in said.out
