@@ -268,7 +268,10 @@ def main(argv: list[str] | None = None) -> int:
     if status in (130, 143):
         print("Stopped; the same command goes on.", file=sys.stderr)
     elif status:
-        print("Some jobs failed; the table names them, and those that ran out of memory or time. The same command tries them again.", file=sys.stderr)
+        print(
+            "Some jobs failed; the table names them, and those that ran out of memory or time. The same command tries them again.",
+            file=sys.stderr,
+        )
     return status
 
 

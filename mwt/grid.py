@@ -281,7 +281,8 @@ def expand(
             cells.append(
                 Cell(name=name, group=block.group, label=label, paper=paper, names=names, axes=axes, jobs=jobs)
             )
-    _check_rules(rules, [cell.names for cell in cells], path)
+    if grid.base is None:  # a base may have settings for rows that are not here
+        _check_rules(rules, [cell.names for cell in cells], path)
     doubled = {cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}
     if doubled:
         raise InputError(f"{path}: two rows are called {doubled.pop()!r}.")

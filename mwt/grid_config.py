@@ -139,6 +139,8 @@ class ClaimConfig:
 class GridConfig:
     """A grid's YAML file."""
 
+    base: str | None = None
+    """A grid whose blocks count where this one has none, relative to this one."""
     title: str
     source: str
     """Where the figures under `paper` are from."""
@@ -183,11 +185,7 @@ def load_grid(path: Path) -> GridConfig:
     Raises:
         InputError: no such file, no YAML, an unknown key (with a suggestion) or a wrong type.
     """
-    content = _read(path)
-    if "base" in content:
-        base = _read(path.parent / str(content.pop("base")))
-        scales = {**(base.get("scales") or {}), **(content.get("scales") or {})}
-        content = DictConfig({**base, **content, "scales": scales})
+    content = _with_base(path)
     try:
         for block in (*(content.get("rows") or ()), *(content.get("scales") or {}).values()):
             if "with" in block:  # a word that Python keeps for itself
@@ -199,6 +197,18 @@ def load_grid(path: Path) -> GridConfig:
         key = getattr(error, "full_key", None)
         where = f" (at {key})" if key else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]}{where}") from error
+
+
+def _with_base(path: Path, *above: Path) -> DictConfig:
+    """A grid's file over its base, which may have one itself."""
+    if path in above:
+        raise InputError(f"{path} is its own base.")
+    content = _read(path)
+    if "base" not in content:
+        return content
+    base = _with_base(path.parent / str(content["base"]), path, *above)
+    scales = {**(base.get("scales") or {}), **(content.get("scales") or {})}
+    return DictConfig({**base, **content, "scales": scales})
 
 
 def _read(path: Path) -> DictConfig:

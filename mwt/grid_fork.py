@@ -12,6 +12,7 @@ survive a fork.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -21,6 +22,7 @@ import select
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -155,7 +157,25 @@ def answer(what: dict[str, int]) -> None:
 
 
 def become(order: dict[str, Any]) -> None:
-    """Run the program of an order as if this process had been started for it."""
+    """Run the program of an order as if this process had been started for it, and end.
+
+    The interpreter is not taken down, which with all that was imported takes a second: what programs want done at the
+    end (`atexit`) is done, and what is buffered is written.
+    """
+    try:
+        status = _run(order)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _run(order: dict[str, Any]) -> int:
+    """The exit status of the program."""
     os.setsid()
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, order["log"], os.O_WRONLY | os.O_APPEND)):
         handle = os.open(path, flags)
@@ -166,7 +186,16 @@ def become(order: dict[str, Any]) -> None:
     fresh_random_numbers()
     sys.argv = [order["program"], *order["words"]]
     sys.modules.pop(order["program"], None)  # it is run as a program, not imported
-    runpy.run_module(order["program"], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(order["program"], run_name="__main__", alter_sys=True)
+    except SystemExit as left:
+        if left.code is None or isinstance(left.code, int):
+            return (left.code or 0) & 0xFF
+        print(left.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
 
 
 def fresh_random_numbers() -> None:

@@ -139,9 +139,7 @@ class Board:
             Claim(
                 title=claim["title"],
                 task=claim["task"],
-                rows=tuple(
-                    (name, model, self.score(model, claim["task"])) for name, model in claim["models"].items()
-                ),
+                rows=tuple((name, model, self.score(model, claim["task"])) for name, model in claim["models"].items()),
             )
             for claim in self.claimed
             if claim["task"] in self.tasks

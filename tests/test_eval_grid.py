@@ -349,6 +349,137 @@ def test_what_has_no_checkpoint_yet_begins_anew(toys: Path) -> None:
     assert "--resume" not in job_records(toys)["Rate: 0.1, seed 0: make"]["command"]
 
 
+# ---- forked programs, and how they can end --------------------------------------------------------------------------
+
+OUTCOMES = """
+import os, signal, sys, time
+how = dict(word.split("=", 1) for word in sys.argv[1:])["lr"]
+print("so it is")
+if how == "0.2":
+    sys.exit(4)
+if how == "0.3":
+    os.kill(os.getpid(), signal.SIGKILL)  # as a system does whose memory has run out
+if how == "0.4":
+    time.sleep(60)
+if how == "0.5":
+    raise ZeroDivisionError("a bug")
+if how == "0.6":
+    os.execvp("sh", ["sh", "-c", "exit 3"])
+if how == "0.7":
+    from mwt.runtime import run_program
+    def main(argv):
+        raise MemoryError
+    run_program(main)
+"""
+ENDS = {"0.2": "diverged", "0.3": "out of memory", "0.4": "out of time", "0.5": "failed", "0.6": "not defined"}
+
+
+def preloaded(toys: Path) -> None:
+    change(toys, "    resume: [--resume]", "    resume: [--resume]\n    preload: [json]")
+
+
+def test_forked_programs_come_to_the_same(toys: Path) -> None:
+    assert run(toys) == 0
+    plain, started = table(toys), job_records(toys)
+    shutil.rmtree(toys.parent / "out")
+    preloaded(toys)
+    assert run(toys, "--jobs", "2") == 0
+    keys = [key for key in plain["Rate", "0.1"] if "wall" not in key]
+    assert {row: [values[key] for key in keys] for row, values in table(toys).items()} == {
+        row: [values[key] for key in keys] for row, values in plain.items()
+    }
+    records = job_records(toys)
+    for label, record in records.items():
+        assert {**record, "seconds": 0, "pid": 0} == {**started[label], "seconds": 0, "pid": 0}
+        log = (toys.parent / "out" / "jobs" / f"{record['id']}.log").read_text()
+        assert log.startswith(f"$ {sys.executable} -m {record['command'][2]} ")
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_how_a_program_ended_is_told_apart(toys: Path, forked: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    (toys.parent / "toy.py").write_text(OUTCOMES)
+    change(
+        toys, "values: [0.1, 0.3], paper: {score: [1.5, 3.5 ± 0.2], percent: [null, 2]}", f"values: [{', '.join(ENDS)}]"
+    )
+    change(toys, "    resume: [--resume]", f"    limit: 1.5\n{'    preload: [json]' if forked else ''}")
+    assert run(toys, "--jobs", "2", "--only", "Rate*", "seeds=0") == 1
+    rows, records = table(toys), job_records(toys)
+    assert {lr: rows["Rate", lr]["outcome"] for lr in ENDS} == ENDS
+    assert {records[f"Rate: {lr}, seed 0: make"]["status"] for lr in ENDS} == set(ENDS.values())
+    assert not [label for label in records if "judge" in label]  # needs what came to nothing
+    text = (toys.parent / "out" / "table.md").read_text()
+    assert "0 of 1, 1 not defined" in text
+    assert "0 of 1, 1 FAILED" in text
+    assert "seed 0: make diverged, see jobs/make-" in text
+    said = capsys.readouterr().out
+    assert "6 rows: 0 done, 1 failed, 1 out of memory, 1 out of time, 1 not defined, 1 diverged, 1 open." in said
+    assert "ZeroDivisionError: a bug" in said
+    assert records["Rate: 0.2, seed 0: make"]["said"] == "so it is"
+    (toys.parent / "toy.py").write_text(TOY)  # what would be so again stays, the others are tried again
+    assert run(toys, "--only", "Rate*", "seeds=0") == 0
+    attempts = {lr: job_records(toys)[f"Rate: {lr}, seed 0: make"]["attempts"] for lr in ENDS}
+    assert attempts == {lr: 1 if how in ("diverged", "not defined") else 2 for lr, how in ENDS.items()}
+
+
+def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "pause=0.2", "steps=6")
+    process.kill()
+    process.communicate(timeout=60)
+    (record,) = job_records(toys).values()
+    with pytest.raises(InputError, match=f"is in use.*process {record['pid']}"):
+        run(toys, "pause=0.2", "steps=6")
+    os.kill(record["pid"], signal.SIGKILL)
+    wait_for(lambda: not alive(record["pid"]), "the end of the killed program")
+    assert run(toys, "steps=6", "pause=0.2", "--jobs", "2") == 0
+    assert len(list((toys.parent / "out" / "jobs").glob("*/steps"))) == 4
+    assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
+
+
+def test_interrupted_forked_programs_stop_and_leave_nobody(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "--jobs", "2", "pause=0.2", "steps=7")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    records = job_records(toys)
+    assert {(record["status"], record["exit"]) for record in records.values()} == {("interrupted", 143)}
+    assert not any(alive(record["pid"]) for record in records.values())
+
+
+def test_settings_are_those_of_the_rows_that_fit(toys: Path) -> None:
+    change(
+        toys,
+        "columns:",
+        """settings:
+  - {overrides: [a=1, b=1]}
+  - {where: {value: [0.3, 7]}, overrides: [a=2, "c={seed}"]}
+columns:""",
+    )
+    change(toys, "overrides: [steps=3]", "overrides: [steps=3], settings: [{where: {value: '*'}, overrides: [b=3]}]")
+    cells = expand(load_grid(toys), toys, "small", overrides=["d={1}"])
+    words = [cell.jobs[1]["make"].arguments(Path("J"))[:-2] for cell in cells]
+    assert words == [
+        ["steps=3", "a=1", "b=3", "d={1}", "lr=0.1"],
+        ["steps=3", "a=2", "c=1", "b=3", "d={1}", "lr=0.3"],
+        ["steps=3", "a=1", "b=1", "d={1}", "lr=0.1"],
+    ]
+    change(toys, "value: [0.3, 7]", "valeu: 0.3")
+    with pytest.raises(InputError, match=r'settings, where {"valeu": 0.3}: no row fits'):
+        run(toys)
+
+
+def test_a_grid_takes_over_what_it_does_not_say(toys: Path) -> None:
+    own = toys.with_name("own.yaml")
+    own.write_text("base: toys.yaml\ntitle: Own\nscales:\n  large: {seeds: [5]}\n")
+    grid = load_grid(own)
+    assert (grid.title, grid.source, list(grid.scales)) == ("Own", "Toy (2026), table 1", ["small", "large"])
+    assert (grid.scales["large"].seeds, grid.scales["large"].overrides) == ([5], [])
+    own.write_text("base: own.yaml\ntitle: Own\n")
+    with pytest.raises(InputError, match="its own base"):
+        load_grid(own)
+
+
 # ---- what it refuses ---------------------------------------------------------------------------------------------
 
 
