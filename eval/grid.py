@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         print("Stopped; the same command goes on.", file=sys.stderr)
     elif status:
         print(
-            "Some jobs failed; the table names them, and those that ran out of memory or time. The same command tries them again.",
+            "Some jobs failed, or ran out of memory or time; the table names them. The same command tries them again.",
             file=sys.stderr,
         )
     return status

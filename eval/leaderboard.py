@@ -158,7 +158,8 @@ def correlations(board: Board) -> str:
             value = board.correlation(task, other)
             cells.append(cell(shown(value), value, number=True, share=None if value is None else max(0.0, value)))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table class="heat"><thead><tr>{top}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return f'<div class="scroll"><table class="heat">{body}</table></div>'
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -278,11 +279,11 @@ def page(board: Board, beside: Board | None) -> str:
         for claim in board.claims()
     ]
     parts.append(section(
-        "Models and tasks", "The metric of every model on every task, sorted by mean rank; the deeper the colour, the better "
-        "the rank within the task. A click on a column's head sorts by it.", heat_map(board)))  # fmt: skip
+        "Models and tasks", "The metric of every model on every task, sorted by mean rank; the deeper the colour, the "
+        "better the rank within the task. A click on a column's head sorts by it.", heat_map(board)))  # fmt: skip
     parts.append(section(
-        "Rank correlation between tasks", "Spearman's, over the models that have a number in both: 1, where both rank alike; 0, "
-        "where the rank in one says nothing of the rank in the other.", correlations(board)))  # fmt: skip
+        "Rank correlation between tasks", "Spearman's, over the models that have a number in both: 1, where both rank "
+        "alike; 0, where the rank in one says nothing of the rank in the other.", correlations(board)))  # fmt: skip
     for task in board.tasks:
         parts.append(section(
             f"Task: {task.replace('_', ' ')}", simple_methods(board, task), task_table(board, task, beside)
@@ -298,7 +299,8 @@ def page(board: Board, beside: Board | None) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{EXTRA}</style></head>'
         f'<body><h1>{escape(board.title)}</h1><p class="soft">Scale {escape(board.scale)}. {escape(board.notes)}</p>'
-        f'<div class="numbers">{numbers}</div><nav>{links}</nav>{"".join(parts)}<script>{SCRIPT}</script></body></html>\n'
+        f'<div class="numbers">{numbers}</div><nav>{links}</nav>{"".join(parts)}'
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 

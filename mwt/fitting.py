@@ -160,7 +160,8 @@ class SignalFit:
         """
         if not isinstance(self.fields, Grid):
             raise NotDefinedError(
-                f"optim.total_variation is for grids of values (field.name=grid), not field.name={self.fields.config.name}."
+                "optim.total_variation is for grids of values (field.name=grid), not "
+                f"field.name={self.fields.config.name}."
             )
         return self.fields.total_variation().sum()
 

@@ -1,4 +1,4 @@
-"""Programs without the seconds that each takes to import torch: one process has imported everything and forks the others.
+"""Programs without the seconds that each takes to import torch: one process imports everything and forks the others.
 
     server = ForkServer(["train.fit"], environment, pass_fds=())
     process = server.start("train.fit", ["--config", "F.yaml"], log=Path("log"))
@@ -191,7 +191,7 @@ def _run(order: dict[str, Any]) -> int:
     except SystemExit as left:
         if left.code is None or isinstance(left.code, int):
             return (left.code or 0) & 0xFF
-        print(left.code, file=sys.stderr)
+        sys.stderr.write(f"{left.code}\n")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1,4 +1,4 @@
-"""A grid of models and tasks as leaderboards: ranks within tasks, how alike tasks rank, and orders that others state."""
+"""A grid of models and tasks as leaderboards: ranks in tasks, how alike tasks rank, and orders that others state."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def _of_seeds(record: dict[str, Any], column: str) -> dict[int, float]:
     }
 
 
-# ---- as text -----------------------------------------------------------------------------------------------------------
+# ---- as text ---------------------------------------------------------------------------------------------------------
 
 
 def shown(value: float | None, deviation: float | None = None, decimals: int = 2) -> str:

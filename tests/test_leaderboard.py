@@ -38,13 +38,17 @@ source: nobody
 scales: {adam: {seeds: [0, 1]}, slow: {seeds: [0]}}
 stages: {fit: {program: toyfit, overrides: ["run.dir={dir}", "seed={seed}"]}}
 rows:
-  - {group: Net, product: {task: [picture, sound], model: [alpha, beta, gamma]}, overrides: ["task={task}", "model={model}"]}
+  - group: Net
+    product: {task: [picture, sound], model: [alpha, beta, gamma]}
+    overrides: ["task={task}", "model={model}"]
   - {group: Other, product: {task: [picture, sound], model: [delta]}, overrides: ["task={task}", "model={model}"]}
 columns:
   metric: {title: metric, stage: fit, file: result.json, path: final.snr|final.psnr}
   parameters: {title: parameters, stage: fit, file: result.json, path: parameters, decimals: 0, average: false}
 claims:
-  - {title: Somebody's order, task: sound, models: {C: "Net: gamma", A: "Net: alpha", B: "Net: beta", D: "Other: delta"}}
+  - title: Somebody's order
+    task: sound
+    models: {C: "Net: gamma", A: "Net: alpha", B: "Net: beta", D: "Other: delta"}
 """
 
 
