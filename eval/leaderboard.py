@@ -196,7 +196,8 @@ def inline(path: Path) -> tuple[str, bool]:
 
 def reconstructions(board: Board, task: str) -> str:
     """What some models of a task show, best first, and the truth where there is a picture of it alone."""
-    figures, any_wide = [], False
+    figures: list[str] = []
+    any_wide = False
     entries = chosen(board, task, PICTURES)
     for entry in entries:
         path = picture_of(entry.runs[0])
