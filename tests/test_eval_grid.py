@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from eval import grid as program
 from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
+from mwt.fields import list_activations
 from mwt.grid import Cell, expand, published
-from mwt.grid_config import load_grid
+from mwt.grid_config import RowsConfig, load_grid
 from mwt.grid_table import look_up
 from mwt.runtime import run_program
 
@@ -681,11 +683,34 @@ def settings(cell: Cell, stage: str = "train") -> ClassifyConfig:
     return classify.parse(cell.jobs[0][stage].arguments(Path("JOBS")))[1]
 
 
+def diagonals(rows: list[RowsConfig]) -> list[RowsConfig]:
+    """Every value of every axis of a product in at least one row, instead of all combinations."""
+    found = []
+    for block in rows:
+        for i in range(max(map(len, block.product.values()))):
+            axes = {name: [values[i % len(values)]] for name, values in block.product.items()}
+            if axes not in [other.product for other in found]:
+                found.append(replace(block, product=axes))
+    return found
+
+
+def test_the_benchmark_has_78_models_and_two_baselines_on_nine_tasks() -> None:
+    for name, others in (("inr_bench_mini", 0), ("inr_bench_paper", 0), ("inr_bench_activations", 8)):
+        blocks = load_grid(GRIDS / f"{name}.yaml").rows
+        sizes = [[len(values) for values in block.product.values()] for block in blocks]
+        assert sizes == ([[9, others, 4]] if others else [[9, 14, 4], [9, 22], [9, 1], [9, 1]])
+    known = {name for block in (*load_grid(GRIDS / "inr_bench_mini.yaml").rows, *blocks)
+             for name in block.product.get("activation", [])}  # fmt: skip
+    assert known == set(list_activations())  # those of the benchmark and the further ones are all there are
+
+
 @pytest.mark.parametrize("path", [path for path in PATHS if path.stem not in SIZES], ids=lambda path: path.stem)
 def test_other_grids_are_accepted_by_their_programs(path: Path) -> None:
     grid = load_grid(path)
+    if path.stem.startswith("inr_bench"):
+        grid = replace(grid, rows=diagonals(grid.rows), base="itself")
     for scale in grid.scales:
-        cells = expand(grid, path, scale)
+        cells = expand(grid, path, scale, seeds=[0])
         assert len({job.id for cell in cells for chain in cell.jobs.values() for job in chain.values()}) >= len(cells)
 
 
