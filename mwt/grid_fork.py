@@ -63,7 +63,7 @@ class ForkServer:
         """
         self._processes: dict[int, Forked] = {}
         self._said = b""
-        self._started: list[int] = []
+        self._started: list[Forked] = []
         self._server = subprocess.Popen(
             [sys.executable, "-m", "mwt.grid_fork", *modules],
             stdin=subprocess.PIPE,
@@ -87,9 +87,7 @@ class ForkServer:
         while not self._started:
             if not self.listen(1.0):
                 raise RuntimeError(f"The process that forks {program} has ended; its error stands above.")
-        process = Forked(self, self._started.pop())
-        self._processes[process.pid] = process
-        return process
+        return self._started.pop()
 
     def listen(self, seconds: float) -> bool:
         """Take in what the server says within so many seconds. Returns whether it is still there."""
@@ -107,11 +105,13 @@ class ForkServer:
             return False
         *lines, self._said = (self._said + said).split(b"\n")
         for line in lines:
-            answer = json.loads(line)
-            if "started" in answer:
-                self._started.append(answer["started"])
+            heard = json.loads(line)
+            if "started" in heard:
+                process = Forked(self, heard["started"])
+                self._processes[process.pid] = process  # its end may stand in the next line
+                self._started.append(process)
             else:
-                self._processes.pop(answer["ended"]).returncode = answer["status"]
+                self._processes.pop(heard["ended"]).returncode = heard["status"]
         return True
 
     def close(self) -> None:

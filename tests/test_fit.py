@@ -291,12 +291,12 @@ def test_total_variation_is_added_to_the_loss_of_a_grid(folder: Path) -> None:
             fields.vertices += torch.linspace(-1, 1, 6 * 5 * 3).reshape(6, 5, 3).sin()
         values = fields.vertices.detach().clone().requires_grad_()
         fit = SignalFit(task, fields, optim, seed=0, evaluations=1)
-        losses = fit.make_step()
+        plain = task.loss(fields, None, torch.Generator()).detach()
+        torch.testing.assert_close(fit.make_step(), plain)  # what is reported is without it
         found.append(fields.vertices.grad)
         if len(paths) == 1:
             down, right = values[1:, :-1] - values[:-1, :-1], values[:-1, 1:] - values[:-1, :-1]
             variation = (down**2 + right**2 + 1e-12).sqrt().mean()
-            assert float(losses) < float(losses + 0.7 * variation)  # what is reported is without it
             with torch.no_grad():
                 fields.vertices.copy_(values)
             fields.zero_grad()

@@ -73,7 +73,7 @@ def test_the_peak_is_of_what_came_after() -> None:
     del (large := [torch.ones(50_000_000)])[:]
     measured = PeakMemory(torch.device("cpu"))
     del (small := [torch.ones(15_000_000)])[:]
-    assert 60e6 <= measured.read() < 75e6
+    assert 55e6 < measured.read() < 75e6
     assert (large, small) == ([], [])
 
 
