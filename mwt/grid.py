@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,17 @@ def _taken(overrides: list[str], patterns: list[str]) -> list[str]:
     return [item for item in overrides if takes(item.partition("=")[0])]
 
 
+@cache
+def _default_settings(schema: type[Any]) -> dict[str, Any]:
+    return flat(schema())
+
+
 def _identity(program: str, words: list[str], overrides: list[str], config: Path | None) -> Any:
     """What decides about the result of a job: of a known program the settings that differ from its defaults."""
     if program not in SCHEMAS:
         return {"words": words, "overrides": overrides, "config": config.read_text() if config else None}
     schema = SCHEMAS[program]
-    settings, defaults = flat(load_config(schema, config, overrides)), flat(schema())
+    settings, defaults = flat(load_config(schema, config, overrides)), _default_settings(schema)
     others = [word for word in words if config is None or word not in ("--config", str(config))]
     differ = {key: value for key, value in settings.items() if value != defaults.get(key) and key not in NOT_THE_RESULT}
     return {"words": others, "settings": differ}
