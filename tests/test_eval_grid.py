@@ -433,6 +433,7 @@ def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
     assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
 
 
+@pytest.mark.slow
 def test_interrupted_forked_programs_stop_and_leave_nobody(toys: Path) -> None:
     preloaded(toys)
     process = started(toys, "--jobs", "2", "pause=0.2", "steps=7")
