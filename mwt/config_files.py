@@ -57,9 +57,9 @@ def _levels(path: Path, *, may_have_base: bool = True) -> list[tuple[str, DictCo
 
 
 @cache
-def _defaults(schema: type[Any]) -> DictConfig:
+def _defaults(schema: Any) -> Any:
     """A schema as OmegaConf has it, which takes as long to make as all else; merging copies it."""
-    return OmegaConf.structured(schema)  # type: ignore[no-any-return]
+    return OmegaConf.structured(schema)
 
 
 def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> ConfigT:
@@ -74,7 +74,8 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
     levels = [] if path is None else _levels(Path(path))
     if overrides:
         levels.append(("command line", OmegaConf.from_dotlist(list(overrides))))
-    merged = _defaults(schema)
+    known: Any = schema  # hashable, as all classes are
+    merged = _defaults(known)
     try:
         for where, level in levels:
             if "variant" in level:
