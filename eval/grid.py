@@ -7,14 +7,16 @@
     python -m eval.grid --config F.yaml --only 'inner_loop.*'                              some rows alone
     python -m eval.grid --config F.yaml --tables                                           the table of what is there
 
-The same command again goes on: what is done is skipped, an interrupted training is resumed, what failed is tried again.
-Writes OUT/table.md, .csv and .json, the plots that the grid names, and OUT/jobs/ with a run directory, a log and a
-record of each job. Exit status 1 where something failed; it stands in the table.
+The same command again goes on: what is done is skipped, an interrupted training is resumed, what failed or ran out of
+memory or time is tried again; what is not defined or has diverged would be so again, and stays. Writes OUT/table.md,
+.csv and .json, the plots that the grid names, cells.json, which says what job belongs to which row, and OUT/jobs/ with
+a run directory, a log and a record of each job. Exit status 1 where something failed or ran out of memory or time.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import shutil
@@ -29,7 +31,20 @@ from mwt.errors import InputError
 from mwt.grid import Cell, Job, expand, select
 from mwt.grid_config import GridConfig, load_grid
 from mwt.grid_jobs import Child, Runner, own_folder
-from mwt.grid_table import as_csv, as_markdown, as_text, collect, finished, points, read_record, records
+from mwt.grid_table import (
+    OUTCOMES,
+    RESULTS,
+    Row,
+    as_csv,
+    as_markdown,
+    as_text,
+    collect,
+    finished,
+    points,
+    read_record,
+    records,
+    settled,
+)
 from mwt.runtime import StopRequested, environment, run_program, write_json
 
 
@@ -78,7 +93,7 @@ def run_jobs(runner: Runner, durations: dict[str, list[float]], after: Callable[
 
     The first Ctrl-C (or SIGTERM) ends the programs as they can be resumed, a second one kills them.
     """
-    total, ended, asked = len(runner.waiting), 0, None
+    total, ended, asked, tables_due = len(runner.waiting), 0, None, 0.0
     with tqdm(total=total, unit="job", dynamic_ncols=True, disable=None) as bar, StopRequested() as stop:
         try:
             while runner.children or (runner.waiting and not stop.signal):
@@ -94,22 +109,24 @@ def run_jobs(runner: Runner, durations: dict[str, list[float]], after: Callable[
                     ended += child.record["status"] != "interrupted"
                     bar.update(ended - bar.n)
                     bar.write(told_of(child, ended, total, runner.seconds_left(durations), runner.folder))
-                    after()
+                    if (began := time.monotonic()) >= tables_due:  # a twentieth of the time at most, however many rows
+                        after()
+                        tables_due = time.monotonic() + 20 * (time.monotonic() - began)
                 bar.set_postfix_str(", ".join(child.job.label for child in runner.children)[:60])
                 time.sleep(0.05)
         finally:
             runner.kill()  # nobody is left where all went well
-        return stop.exit_status if stop.signal else 1 if runner.failed else 0
+        bad = any(runner.counts[outcome] for outcome in OUTCOMES if outcome not in RESULTS)
+        return stop.exit_status if stop.signal else 1 if bad else 0
 
 
 def told_of(child: Child, number: int, total: int, left: float | None, folder: Path) -> str:
     """A line about a job that has ended."""
     record = child.record
     line = f"[{number}/{total}] {child.job.label}: {record['status']} after {record['seconds']:.0f} s"
-    if record["status"] == "failed":
-        log = folder / f"{child.job.id}.log"
-        last = [text for text in log.read_text(errors="replace").splitlines() if text.strip()][-1:]
-        line += f" with status {record['exit']}: {''.join(last)[:200]} (all of it in {log})"
+    if record["status"] in OUTCOMES:
+        status = f" with status {record['exit']}" if record["status"] == "failed" else ""
+        line += f"{status}: {record['said'][:200]} (all of it in {folder / f'{child.job.id}.log'})"
     return line + (f"; about {duration(left)} left" if left else "")
 
 
@@ -150,6 +167,8 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
                 figure = family_figure(curves, xlabel=titles[0], ylabel=titles[1], log_x=plot.log_x)
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")
+    if outcomes := summary(rows):
+        remarks.insert(0, outcomes)
     table = records(grid, rows)
     (out / "table.md").write_text(as_markdown(grid, rows, heading=heading, remarks=remarks))
     (out / "table.csv").write_text(as_csv(table))
@@ -157,12 +176,44 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     return as_text(grid, rows)
 
 
+def summary(rows: list[Row]) -> str:
+    """How many rows came to what; empty where all are done."""
+    counts = {how: sum(how in row.outcomes.values() for row in rows) for how in OUTCOMES}
+    counts["open"] = sum(bool(row.open) for row in rows)
+    if not any(counts.values()):
+        return ""
+    done = sum(not row.outcomes and not row.open for row in rows)
+    others = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+    return f"{len(rows)} rows: {done} done, {others}."
+
+
+def write_cells(grid: GridConfig, cells: list[Cell], out: Path, scale: str) -> None:
+    """cells.json: the rows with what makes them and the jobs of each seed, for programs that look into those."""
+    rows = [
+        {"name": cell.name, "group": cell.group, "label": cell.label, "axes": cell.axes,
+         "jobs": {seed: {stage: job.id for stage, job in chain.items()} for seed, chain in cell.jobs.items()}}
+        for cell in cells
+    ]  # fmt: skip
+    columns = {name: dataclasses.asdict(column) for name, column in grid.columns.items()}
+    claims = [dataclasses.asdict(claim) for claim in grid.claims]
+    head = {"title": grid.title, "scale": scale, "notes": grid.notes, "columns": columns, "claims": claims}
+    write_json(out / "cells.json", {**head, "rows": rows})
+
+
 def unfinished(jobs: list[Job], folder: Path) -> list[Job]:
-    """Jobs that are not done, and those that need one of them; `jobs` has what is needed before what needs it."""
+    """Jobs that are not settled, and those that need one of them; `jobs` has what is needed before what needs it.
+
+    What needs a job that has come to nothing is not among them.
+    """
     to_do: dict[str, Job] = {}
+    never: set[str] = set()
     for job in jobs:
-        if not finished(folder, job) or any(name in to_do for name in job.needs):
+        if never & set(job.needs):
+            never.add(job.id)
+        elif not settled(folder, job) or any(name in to_do for name in job.needs):
             to_do[job.id] = job
+        elif not finished(folder, job):
+            never.add(job.id)
     return list(to_do.values())
 
 
@@ -204,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.tables:
         with own_folder(out) as lock:
             shutil.copyfile(arguments.config, out / "grid.yaml")
+            write_cells(grid, cells, out, scale)
             if to_do:
                 write_json(out / "env.json", environment())
             runner = Runner(folder=folder, slots=arguments.jobs, lock=lock, waiting=to_do)
@@ -214,11 +266,15 @@ def main(argv: list[str] | None = None) -> int:
                     durations.setdefault(job.stage, []).append(read_record(folder, job)["seconds"])
             status = run_jobs(runner, durations, lambda: write_tables(grid, cells, out, heading, command))
     print(f"\n{heading}\n\n{write_tables(grid, cells, out, heading, command)}")
+    print(summary(collect(grid, cells, folder)))
     print(f"\nWritten: {out / 'table.md'}, table.csv and table.json" + "".join(f", {p.name}.png" for p in grid.plots))
     if status in (130, 143):
         print("Stopped; the same command goes on.", file=sys.stderr)
     elif status:
-        print("Some jobs failed; the table names them. The same command tries them again.", file=sys.stderr)
+        print(
+            "Some jobs failed, or ran out of memory or time; the table names them. The same command tries them again.",
+            file=sys.stderr,
+        )
     return status
 
 

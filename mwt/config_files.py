@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,12 @@ def _levels(path: Path, *, may_have_base: bool = True) -> list[tuple[str, DictCo
     return levels
 
 
+@cache
+def _defaults(schema: Any) -> Any:
+    """A schema as OmegaConf has it, which takes as long to make as all else; merging copies it."""
+    return OmegaConf.structured(schema)
+
+
 def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> ConfigT:
     """`schema` filled from the YAML file at `path` and `key=value` overrides.
 
@@ -67,7 +74,8 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
     levels = [] if path is None else _levels(Path(path))
     if overrides:
         levels.append(("command line", OmegaConf.from_dotlist(list(overrides))))
-    merged = OmegaConf.structured(schema)
+    known: Any = schema  # hashable, as all classes are
+    merged = _defaults(known)
     try:
         for where, level in levels:
             if "variant" in level:

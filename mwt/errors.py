@@ -18,3 +18,7 @@ class NotDefinedError(InputError):
 
 class TrainingError(RuntimeError):
     """A run cannot go on (a loss that is not finite, say). The message names the step. Programs exit with status 1."""
+
+
+class DivergedError(TrainingError):
+    """A fit whose loss or weights are no longer finite: a result of its settings. Programs exit with status 4."""

@@ -28,6 +28,8 @@ class FitOptimConfig:
     lr_min: float = 0.0
     """Where the cosine of `lr` ends; a Muon rate beside it falls by the same factor."""
     weight_decay: float = 0.0
+    total_variation: float = 0.0
+    """field.name=grid: what the total variation of its values is multiplied by and added to the loss."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
@@ -36,6 +38,7 @@ class FitOptimConfig:
         _require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
         _require(0 <= self.lr_min <= self.lr, f"optim.lr_min is {self.lr_min}; it must lie between 0 and optim.lr.")
         _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        _require(self.total_variation >= 0, "optim.total_variation cannot be negative.")
         _require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
         _require(
             self.name != "lbfgs" or self.points is None,
@@ -56,6 +59,8 @@ class FitRunConfig:
     checkpoint_minutes: float = 5.0
     film: bool = True
     """Write progress.gif."""
+    curves: bool = True
+    """Write curves.png; metrics.jsonl has the same numbers."""
     ranks: bool = True
     """Follow the ranks of the hidden matrices at each evaluation (ranks.png; Muon's diagnostic)."""
 

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mwt.errors import InputError, NotDefinedError, TrainingError
+from mwt.errors import DivergedError, InputError, NotDefinedError
 from mwt.fields import Field, build_field
 from mwt.fields.config import FieldConfig
+from mwt.fields.grid import Grid
 from mwt.fields.registry import ON_SAMPLES
 from mwt.fit_config import FitOptimConfig
 from mwt.muon import Muon
@@ -124,7 +125,7 @@ class SignalFit:
         """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
 
         Raises:
-            TrainingError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
+            DivergedError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
         """
         looks = set(evaluation_steps(self.config.steps, self.evaluations))
         while not self.finished:
@@ -155,6 +156,8 @@ class SignalFit:
             self.optimizer.zero_grad(set_to_none=True)
             losses = self.task.loss(self.fields, index, self.sampler.generator(self.step))
             total: Tensor = losses.sum()
+            if self.config.total_variation:
+                total = total + self.config.total_variation * self.total_variation()
             total.backward()
             seen.append(losses.detach())
             return total
@@ -166,6 +169,19 @@ class SignalFit:
             self.optimizer.step()
         return seen[0]
 
+    def total_variation(self) -> Tensor:
+        """The sum over fields, to be added to the loss; what is reported as loss is without it.
+
+        Raises:
+            NotDefinedError: fields that are no grids of values.
+        """
+        if not isinstance(self.fields, Grid):
+            raise NotDefinedError(
+                "optim.total_variation is for grids of values (field.name=grid), not "
+                f"field.name={self.fields.config.name}."
+            )
+        return self.fields.total_variation().sum()
+
     def _checked(self, losses: Tensor) -> float:
         finite = losses.isfinite()
         for parameter in self.fields.parameters():  # the losses are those before the step
@@ -173,7 +189,7 @@ class SignalFit:
         if not bool(finite.all()):
             name = self.task.names[int((~finite).nonzero()[0])]
             rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
-            raise TrainingError(
+            raise DivergedError(
                 f"The fit of {name} was not finite at step {self.step}: the rates ({rates}) are too large for this "
                 "field. Nothing of this fit can be used."
             )

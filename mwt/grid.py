@@ -13,6 +13,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mwt.config_files import flat, load_config
 from mwt.errors import InputError
 from mwt.fit_config import FitConfig
 from mwt.fit_set_config import FitSetConfig
-from mwt.grid_config import GridConfig, RowsConfig, StageConfig
+from mwt.grid_config import GridConfig, RowsConfig, SettingConfig, StageConfig
 from mwt.weights_config import WeightsConfig
 
 SCHEMAS: dict[str, type] = {
@@ -52,6 +53,8 @@ class Job:
     """Jobs that must be done before."""
     resume: tuple[str, ...]
     resume_file: str
+    preload: tuple[str, ...]
+    limit: float | None
 
     def arguments(self, jobs: Path) -> list[str]:
         """Its words where the run directories are in `jobs`."""
@@ -70,6 +73,8 @@ class Cell:
     """What the paper says for each column, with its deviation where it gives one."""
     names: dict[str, str]
     """What its placeholders stand for, in the files of columns too."""
+    axes: dict[str, str]
+    """Those of them that make it one of several rows: the axes of a product, or the `value` of a sweep."""
     jobs: dict[int, dict[str, Job]]
     """By seed and stage."""
 
@@ -165,12 +170,17 @@ def _taken(overrides: list[str], patterns: list[str]) -> list[str]:
     return [item for item in overrides if takes(item.partition("=")[0])]
 
 
+@cache
+def _default_settings(schema: type[Any]) -> dict[str, Any]:
+    return flat(schema())
+
+
 def _identity(program: str, words: list[str], overrides: list[str], config: Path | None) -> Any:
     """What decides about the result of a job: of a known program the settings that differ from its defaults."""
     if program not in SCHEMAS:
         return {"words": words, "overrides": overrides, "config": config.read_text() if config else None}
     schema = SCHEMAS[program]
-    settings, defaults = flat(load_config(schema, config, overrides)), flat(schema())
+    settings, defaults = flat(load_config(schema, config, overrides)), _default_settings(schema)
     others = [word for word in words if config is None or word not in ("--config", str(config))]
     differ = {key: value for key, value in settings.items() if value != defaults.get(key) and key not in NOT_THE_RESULT}
     return {"words": others, "settings": differ}
@@ -184,7 +194,8 @@ def _job(
     places = {**names, **{name: f"{JOBS}/{job.id}" for name, job in earlier.items()}, "dir": OWN}
     words = [_fill(word, places, where) for word in options.arguments]
     own = [_fill(item, places, where) for item in options.overrides]
-    given = _last_wins([*_taken(overrides, options.takes), *own])
+    taken = [_fill(item, places, where) for item in _taken(overrides, options.takes)]
+    given = _last_wins([*taken, *own])
     if "--config" in words[:-1]:  # its own, not the scale's
         config = Path(words[words.index("--config") + 1])
     content = {"program": options.program, **_identity(options.program, words, given, config)}
@@ -194,8 +205,28 @@ def _job(
     needs = tuple(job.id for job in earlier.values() if any(job.id in word for word in filled))
     return Job(
         id=job_id, label=f"{label}: {stage}", stage=stage, program=options.program, words=filled, needs=needs,
-        resume=tuple(options.resume), resume_file=options.resume_file,
+        resume=tuple(options.resume), resume_file=options.resume_file, preload=tuple(options.preload),
+        limit=options.limit,
     )  # fmt: skip
+
+
+def _fits(where: dict[str, Any], names: dict[str, str]) -> bool:
+    """Whether a row with these placeholders is meant."""
+    return all(
+        key in names and any(fnmatch.fnmatchcase(names[key], text(one)) for one in _as_list(wanted))
+        for key, wanted in where.items()
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_rules(rules: list[SettingConfig], rows: list[dict[str, str]], path: Path) -> None:
+    """Refuse settings that no row fits: a wrong name would else go unseen."""
+    for rule in rules:
+        if not any(_fits(rule.where, names) for names in rows):
+            raise InputError(f"{path}: settings, where {json.dumps(rule.where)}: no row fits.")
 
 
 def expand(
@@ -218,6 +249,7 @@ def expand(
     config = None if size.config is None else Path(os.path.normpath(path.parent / size.config))
     shared: dict[str, Job] = {}
     cells: list[Cell] = []
+    rules = grid.settings + size.settings
     for block in grid.rows:
         where = f"{path}: rows, {block.group!r}"
         variants = _variants(block, scale)
@@ -229,16 +261,18 @@ def expand(
             names = {key: text(value) for key, value in (size.with_ | variant).items()}
             names |= {key: text(values[i]) for key, values in extras.items()}
             names |= {"config": str(config), "here": os.path.normpath(path.parent)}
-            swept = [f"{block.sweep}={names['value']}"] if block.sweep else []
+            swept = [f"{block.sweep}={{value}}"] if block.sweep else []
             name = f"{block.group}: {label}" if label else block.group
             jobs: dict[int, dict[str, Job]] = {}
             for seed in size.seeds if seeds is None else seeds:
                 mine = {**names, "seed": str(seed)}
-                given = [_fill(item, mine, where) for item in size.overrides] + list(overrides or ())
-                given += [_fill(item, mine, where) for item in block.overrides] + swept
+                given = list(size.overrides)
+                given += [item for rule in rules if _fits(rule.where, names) for item in rule.overrides]
+                given += [item.replace("{", "{{").replace("}", "}}") for item in overrides or ()]  # no templates
+                given += [*block.overrides, *swept]
                 chain: dict[str, Job] = {}
                 for stage, options in grid.stages.items():
-                    if block.stages and stage not in block.stages:
+                    if (block.stages and stage not in block.stages) or not _fits(options.where, names):
                         continue
                     try:
                         job = _job(stage, options, mine, given, config, f"{name}, seed {seed}", chain)
@@ -249,7 +283,12 @@ def expand(
             for key, column in grid.columns.items():
                 _fill(column.file, names, f"{path}: columns.{key}.file")
             paper = {key: published(values[i], f"{where}: paper.{key}") for key, values in papers.items()}
-            cells.append(Cell(name=name, group=block.group, label=label, paper=paper, names=names, jobs=jobs))
+            axes = {key: text(value) for key, value in variant.items()}
+            cells.append(
+                Cell(name=name, group=block.group, label=label, paper=paper, names=names, axes=axes, jobs=jobs)
+            )
+    if grid.base is None:  # a base may have settings for rows that are not here
+        _check_rules(rules, [cell.names for cell in cells], path)
     doubled = {cell.name for cell in cells if sum(other.name == cell.name for other in cells) > 1}
     if doubled:
         raise InputError(f"{path}: two rows are called {doubled.pop()!r}.")

@@ -1,4 +1,7 @@
-"""A grid's YAML file: scales, stages, rows, columns and plots. `mwt.grid` makes jobs of it.
+"""A grid's YAML file: scales, stages, rows, settings, columns and plots. `mwt.grid` makes jobs of it.
+
+`base: FILE` takes over the blocks of another grid, relative to this one; a block that stands here too replaces it,
+and so does a scale.
 
 In words and overrides, `{name}` stands for: `config` (the scale's), `here` (the folder of the grid's file), `seed`,
 `value` (of a sweep), an axis of a `product`, a key of `with`, `dir` (the job's own run directory), or the name of an
@@ -19,6 +22,16 @@ from mwt.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
+class SettingConfig:
+    """Overrides of some rows, by what makes them: those of a task, say, or of an activation on a task."""
+
+    where: dict[str, Any] = field(default_factory=dict)
+    """Placeholders and their value, or a list of values (`*` stands for anything): rows that have all of them."""
+    overrides: list[str] = field(default_factory=list)
+    """After the scale's own, before those of the command line; of two settings that fit, the later one counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """A program that is started once for every row and seed."""
 
@@ -33,6 +46,13 @@ class StageConfig:
     """Words that make it go on with an interrupted run. Without them it starts anew."""
     resume_file: str = "checkpoints/last.json"
     """A file of its run directory without which there is nothing to go on with."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Only rows that fit have this stage (`SettingConfig.where`)."""
+    preload: list[str] = field(default_factory=list)
+    """Modules that one process imports, which then forks the program for every job (`mwt.grid_fork`). Without any, or
+    where there is no fork to rely on, each job is a process that imports everything itself."""
+    limit: float | None = None
+    """Seconds after which it is ended and recorded as out of time; null: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +63,8 @@ class ScaleConfig:
     """The programs' configuration, relative to the grid's file."""
     overrides: list[str] = field(default_factory=list)
     """Of every row; what the command line says and the row's own come after them."""
+    settings: list[SettingConfig] = field(default_factory=list)
+    """Of some rows at this scale; after the grid's."""
     seeds: list[int] = field(default_factory=lambda: [0])
     with_: dict[str, Any] = field(default_factory=dict)
     """Placeholders that stand for something else at each scale; `with` in the file."""
@@ -110,9 +132,21 @@ class PlotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClaimConfig:
+    """An order of models on a task that somebody states, for `eval.leaderboard` to compare with."""
+
+    title: str
+    task: str
+    models: dict[str, str]
+    """Best first: what the source calls it, and the model's name in the leaderboard."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GridConfig:
     """A grid's YAML file."""
 
+    base: str | None = None
+    """A grid whose blocks count where this one has none, relative to this one."""
     title: str
     source: str
     """Where the figures under `paper` are from."""
@@ -121,8 +155,11 @@ class GridConfig:
     scales: dict[str, ScaleConfig]
     stages: dict[str, StageConfig]
     rows: list[RowsConfig]
+    settings: list[SettingConfig] = field(default_factory=list)
+    """Of some rows, at every scale."""
     columns: dict[str, ColumnConfig]
     plots: list[PlotConfig] = field(default_factory=list)
+    claims: list[ClaimConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, column in self.columns.items():
@@ -149,20 +186,12 @@ class GridConfig:
 
 
 def load_grid(path: Path) -> GridConfig:
-    """A grid's YAML file.
+    """A grid's YAML file, with what it takes from its `base`.
 
     Raises:
         InputError: no such file, no YAML, an unknown key (with a suggestion) or a wrong type.
     """
-    if not path.is_file():
-        raise InputError(f"No grid at {path}; those that come with the project are in configs/grids.")
-    try:
-        content = OmegaConf.load(path)
-    except Exception as error:  # PyYAML raises many kinds
-        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
-    known = {item.name.rstrip("_") for item in dataclasses.fields(GridConfig)}
-    if not isinstance(content, DictConfig) or not known & set(content):
-        raise InputError(f"{path} is not a grid: it has none of the keys {', '.join(sorted(known))}.")
+    content = _with_base(path)
     try:
         for block in (*(content.get("rows") or ()), *(content.get("scales") or {}).values()):
             if "with" in block:  # a word that Python keeps for itself
@@ -174,3 +203,28 @@ def load_grid(path: Path) -> GridConfig:
         key = getattr(error, "full_key", None)
         where = f" (at {key})" if key else ""
         raise InputError(f"{path}: {str(error).splitlines()[0]}{where}") from error
+
+
+def _with_base(path: Path, *above: Path) -> DictConfig:
+    """A grid's file over its base, which may have one itself."""
+    if path in above:
+        raise InputError(f"{path} is its own base.")
+    content = _read(path)
+    if "base" not in content:
+        return content
+    base = _with_base(path.parent / str(content["base"]), path, *above)
+    scales = {**(base.get("scales") or {}), **(content.get("scales") or {})}
+    return DictConfig({**base, **content, "scales": scales})
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise InputError(f"No grid at {path}; those that come with the project are in configs/grids.")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # PyYAML raises many kinds
+        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    known = {item.name.rstrip("_") for item in dataclasses.fields(GridConfig)}
+    if not isinstance(content, DictConfig) or not known & set(content):
+        raise InputError(f"{path} is not a grid: it has none of the keys {', '.join(sorted(known))}.")
+    return content

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 from mwt.errors import InputError
 from mwt.grid import Job
+from mwt.grid_fork import Forked, ForkServer
 from mwt.grid_table import read_record
 from mwt.runtime import write_json
 
@@ -27,15 +29,27 @@ GRACE = 120.0
 """Seconds that a program has to save and end after SIGTERM before it is killed."""
 
 
+OUTCOMES = {3: "not defined", 4: "diverged", 5: "out of memory", -signal.SIGKILL: "out of memory"}
+"""What exit statuses of the project's programs mean (`mwt.runtime.run_program`). SIGKILL is how a system whose memory
+runs out ends the largest process; others are failures."""
+
+
 @dataclass(kw_only=True)
 class Child:
     """A job while it runs."""
 
     job: Job
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     record: dict[str, Any]
     began: float
-    log: IO[bytes]
+    late: bool = False
+    """Whether it was ended at its limit of time."""
+
+    def outcome(self, status: int, *, stopping: bool) -> str:
+        """What its record says once it has ended."""
+        if status == 0:
+            return "done"
+        return "interrupted" if stopping else "out of time" if self.late else OUTCOMES.get(status, "failed")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +63,11 @@ class Runner:
     """A file that the children hold open too: as long as one of them lives, no other runner may use the folder."""
     waiting: list[Job]
     children: list[Child] = field(default_factory=list)
-    failed: list[Job] = field(default_factory=list)
+    undone: list[Job] = field(default_factory=list)
+    """Those that have ended and are not done."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many have ended with which outcome."""
+    _servers: dict[tuple[str, ...], ForkServer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for job in self.waiting:  # done before, but what it was made from is made again
@@ -66,20 +84,11 @@ class Runner:
         elif place.exists():
             shutil.rmtree(place)  # what an interrupted attempt left without a checkpoint
         command = [sys.executable, "-m", job.program, *words]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = {name: str(max(1, cores // self.slots)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        log = (self.folder / f"{job.id}.log").open("ab")
-        log.write(f"$ {shlex.join(command)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=threads | dict(os.environ),
-            start_new_session=True,  # Ctrl-C is the runner's to pass on
-            pass_fds=(self.lock,),
-        )
+        path = self.folder / f"{job.id}.log"
+        with path.open("ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = self._process(job, command, words, path, log)
         record = {
             "status": "running",
             "label": job.label,
@@ -89,11 +98,31 @@ class Runner:
             "seconds": record.get("seconds", 0.0) if words[-len(job.resume) :] == list(job.resume) else 0.0,
         }
         write_json(self.folder / f"{job.id}.json", record)
-        self.children.append(Child(job=job, process=process, record=record, began=time.monotonic(), log=log))
+        self.children.append(Child(job=job, process=process, record=record, began=time.monotonic()))
+
+    def _process(
+        self, job: Job, command: list[str], words: list[str], path: Path, log: IO[bytes]
+    ) -> subprocess.Popen[bytes] | Forked:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = {name: str(max(1, cores // self.slots)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment = threads | dict(os.environ)
+        if job.preload and sys.platform == "linux":
+            if job.preload not in self._servers:
+                self._servers[job.preload] = ForkServer(job.preload, environment, pass_fds=(self.lock,))
+            return self._servers[job.preload].start(job.program, words, log=path)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the runner's to pass on
+            pass_fds=(self.lock,),
+        )
 
     def fill(self) -> None:
-        """Start what can be started; what needs a failed job never can."""
-        lost = {job.id for job in self.failed}
+        """Start what can be started; what needs a job that came to nothing never can."""
+        lost = {job.id for job in self.undone}
         for job in list(self.waiting):
             if lost & set(job.needs):
                 self.waiting.remove(job)
@@ -107,27 +136,40 @@ class Runner:
                 self.start(job)
 
     def reap(self, *, stopping: bool) -> list[Child]:
-        """Records of those that have ended since; returns them."""
+        """Records of those that have ended since; returns them. Those beyond their limit of time are ended."""
+        for child in self.children:
+            if child.job.limit is not None and not child.late and time.monotonic() - child.began > child.job.limit:
+                child.late = True
+                self._signal(child, signal.SIGKILL)
         ended = [child for child in self.children if child.process.poll() is not None]
         for child in ended:
             status = child.process.returncode
+            assert status is not None
             child.record |= {
-                "status": "done" if status == 0 else "interrupted" if stopping else "failed",
+                "status": child.outcome(status, stopping=stopping),
                 "exit": status,
                 "seconds": round(child.record["seconds"] + time.monotonic() - child.began, 3),
             }
-            child.log.close()
+            if status != 0:
+                child.record["said"] = last_line(self.folder / f"{child.job.id}.log")
             write_json(self.folder / f"{child.job.id}.json", child.record)
             self.children.remove(child)
-            if child.record["status"] == "failed":
-                self.failed.append(child.job)
+            self.counts[child.record["status"]] += 1
+            if child.record["status"] not in ("done", "interrupted"):
+                self.undone.append(child.job)
         return ended
 
     def signal(self, number: int) -> None:
         """Send a signal to all that run, with what they have started."""
         for child in self.children:
-            with suppress(ProcessLookupError):
+            self._signal(child, number)
+
+    def _signal(self, child: Child, number: int) -> None:
+        with suppress(ProcessLookupError):
+            try:
                 os.killpg(child.process.pid, number)
+            except ProcessLookupError:  # forked a moment ago, and no session of its own yet
+                os.kill(child.process.pid, number)
 
     def seconds_left(self, durations: dict[str, list[float]]) -> float | None:
         """An estimate from what jobs of the same stage have taken; None while there is nothing to go by."""
@@ -156,6 +198,15 @@ class Runner:
         for child in self.children:
             child.process.wait()
         self.reap(stopping=True)
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+
+
+def last_line(log: Path) -> str:
+    """What a program said last, without what it had on earlier lines of a progress bar."""
+    lines = [line.split("\r")[-1].strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 @contextmanager

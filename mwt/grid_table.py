@@ -7,6 +7,7 @@ import fnmatch
 import io
 import json
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from mwt.grid_config import ColumnConfig, GridConfig, PlotConfig
 from mwt.tracking import read_metrics
 
 Record = dict[str, Any]
-"""What is known of a job: `status` (done, failed, interrupted), `seconds`, `exit`, …; empty before it is started."""
+"""What is known of a job: `status` (done, interrupted, or one of OUTCOMES), `seconds`, `exit`, …; empty before it is
+started."""
+RESULTS = ("not defined", "diverged")
+"""Outcomes that say something of the row, and that another attempt would not change."""
+OUTCOMES = ("failed", "out of memory", "out of time", *RESULTS)
+"""How a job can have ended without being done, worst first."""
 
 
 def read_record(jobs: Path, job: Job) -> Record:
@@ -40,6 +46,11 @@ def finished(jobs: Path, job: Job) -> bool:
     folder = jobs / job.id
     makes_a_folder = any(f"{JOBS}/{job.id}" in word for word in job.words)
     return read_record(jobs, job).get("status") == "done" and (folder.is_dir() or not makes_a_folder)
+
+
+def settled(jobs: Path, job: Job) -> bool:
+    """Whether nothing is left to do for a job: it is done, or another attempt would come to the same."""
+    return finished(jobs, job) or read_record(jobs, job).get("status") in RESULTS
 
 
 def look_up(content: Any, path: str) -> float | None:
@@ -83,9 +94,11 @@ class Row:
     values: dict[str, dict[int, float]]
     """By column and seed; only of seeds whose stages are all done."""
     problems: tuple[str, ...]
-    """What failed, or is missing, in words."""
+    """What was not done, or is missing, in words."""
+    outcomes: dict[int, str]
+    """Of seeds that are not done, which of OUTCOMES it was."""
     open: tuple[int, ...]
-    """Seeds that are neither done nor failed."""
+    """Seeds of which nothing is known yet."""
 
     def mean(self, column: str) -> float | None:
         """Over seeds; None without any."""
@@ -104,12 +117,15 @@ def collect(grid: GridConfig, cells: list[Cell], jobs: Path) -> list[Row]:
 def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
     values: dict[str, dict[int, float]] = {name: {} for name in grid.columns}
     problems, pending = [], []
+    outcomes: dict[int, str] = {}
     for seed, chain in cell.jobs.items():
-        failed = [job for job in chain.values() if read_record(jobs, job).get("status") == "failed"]
-        if failed:
-            job = failed[0]
-            status = read_record(jobs, job).get("exit")
-            problems.append(f"seed {seed}: {job.stage} failed with status {status}, see jobs/{job.id}.log")
+        found = [(job, read_record(jobs, job)) for job in chain.values()]
+        undone = [(job, record) for job, record in found if record.get("status") in OUTCOMES]
+        if undone:
+            job, record = undone[0]
+            outcomes[seed] = record["status"]
+            how = f"failed with status {record['exit']}" if record["status"] == "failed" else record["status"]
+            problems.append(f"seed {seed}: {job.stage} {how}, see jobs/{job.id}.log")
         elif not all(finished(jobs, job) for job in chain.values()):
             pending.append(seed)
         else:
@@ -121,9 +137,10 @@ def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
                 number = measure(column, file, chain[stage], jobs)
                 if number is None:
                     problems.append(f"seed {seed}: no {column.path} in {chain[stage].id}/{file}")
+                    outcomes[seed] = "failed"
                 else:
                     values[name][seed] = number
-    return Row(cell=cell, values=values, problems=tuple(problems), open=tuple(pending))
+    return Row(cell=cell, values=values, problems=tuple(problems), outcomes=outcomes, open=tuple(pending))
 
 
 def points(rows: list[Row], plot: PlotConfig) -> list[tuple[str, list[tuple[str, float, float]]]]:
@@ -157,6 +174,7 @@ def records(grid: GridConfig, rows: list[Row]) -> list[dict[str, Any]]:
             record |= {f"{column}_mean": row.mean(column), f"{column}_sd": row.deviation(column)}
             record |= {f"{column}_seed{seed}": row.values[column].get(seed) for seed in seeds}
         record["problems"] = "; ".join(row.problems)
+        record["outcome"] = min(row.outcomes.values(), key=OUTCOMES.index, default="open" if row.open else "done")
         record["open"] = " ".join(map(str, row.open))
         table.append(record)
     return table
@@ -192,10 +210,11 @@ def as_lines(grid: GridConfig, rows: list[Row]) -> list[list[str]]:
                 mean, deviation = row.cell.paper.get(name) or (None, None)
                 line.append(number(mean, deviation, column.decimals))
             line.append(number(row.mean(name), row.deviation(name) if column.average else None, column.decimals))
-        failed, total = len({problem.split(":")[0] for problem in row.problems}), len(row.cell.jobs)  # seeds
-        done = total - failed - len(row.open)
+        counts, total = Counter(row.outcomes.values()), len(row.cell.jobs)  # seeds
+        done = total - len(row.outcomes) - len(row.open)
         state = str(done) if done == total else f"{done} of {total}"
-        lines.append([*line, state + (f", {failed} FAILED" if failed else "")])
+        shown = (f", {counts[how]} {how.upper() if how == 'failed' else how}" for how in OUTCOMES if counts[how])
+        lines.append([*line, state + "".join(shown)])
     return lines
 
 
@@ -208,7 +227,7 @@ def as_markdown(grid: GridConfig, rows: list[Row], *, heading: str, remarks: lis
     )
     parts = [f"# {heading}", f"Paper: {grid.source}. Ours: mean ± sample standard deviation over seeds.", shown]
     if problems := [f"- {row.cell.name}, {problem}" for row in rows for problem in row.problems]:
-        parts.append("Failed:\n\n" + "\n".join(problems))
+        parts.append("Not done:\n\n" + "\n".join(problems))
     parts += [grid.notes.strip()] if grid.notes.strip() else []
     return "\n\n".join([*parts, *remarks]) + "\n"
 

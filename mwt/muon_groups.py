@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mwt.errors import InputError
+from mwt.errors import InputError, NotDefinedError
 from mwt.muon import as_matrices, check_layout
 
 RELATIVE_LR = 0.03
@@ -133,7 +133,7 @@ def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Se
         raise InputError(f"exclude: {', '.join(sorted(unused))} matches none of Muon's matrices.")
     split = Split(tuple(roles))
     if not split.muon:
-        raise InputError(
+        raise NotDefinedError(
             f"{type(module).__name__} has no weight matrix between two hidden layers, so there is nothing for Muon; "
             "use Adam, or let the network name its matrices with a method muon_parameters()."
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from mwt.errors import InputError, NotDefinedError, TrainingError
+from mwt.errors import DivergedError, InputError, NotDefinedError, TrainingError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
@@ -180,7 +180,8 @@ TO_MEND = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, e
 def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
     """Run a program's `main` and leave with its exit status.
 
-    0 done, 2 bad input, 3 what is asked for is not defined, 130 Ctrl-C, 143 SIGTERM, 1 else.
+    0 done, 2 bad input, 3 what is asked for is not defined, 4 a fit has diverged, 5 out of memory, 130 Ctrl-C,
+    143 SIGTERM, 1 else.
 
     Errors that a person can mend are one sentence on stderr without a traceback.
     """
@@ -189,15 +190,26 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except InputError as error:
         status = _complain(str(error), 3 if isinstance(error, NotDefinedError) else 2)
     except TrainingError as error:
-        status = _complain(str(error), 1)
+        status = _complain(str(error), 4 if isinstance(error, DivergedError) else 1)
     except KeyboardInterrupt:
         status = _complain("interrupted.", 130)
     except OSError as error:
         if error.errno not in TO_MEND:
             raise
         status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status = _complain(f"out of memory: {(str(error).splitlines() or ['no more can be had'])[0]}", 5)
     sys.stdout.flush()
     raise SystemExit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, that of torch's CPU allocator, or a GPU's."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _complain(message: str, status: int) -> int:

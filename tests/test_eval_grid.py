@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from eval import grid as program
 from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
+from mwt.fields import list_activations
 from mwt.grid import Cell, expand, published
-from mwt.grid_config import load_grid
+from mwt.grid_config import RowsConfig, load_grid
 from mwt.grid_table import look_up
 from mwt.runtime import run_program
 
@@ -51,7 +53,7 @@ while step < int(options["steps"]):
     (run / "state.json.new").rename(run / "state.json")
     time.sleep(float(options.get("pause", 0)))
 if options.get("fail") == "true":
-    print("there is no more sand"); sys.exit(3)
+    print("there is no more sand"); sys.exit(7)
 score = 10 * float(options["lr"]) + int(options["run.seed"]) ** 2
 (run / "result.json").write_text(json.dumps({"score": {"mean": score}, "rows": [1, {"x": 7}]}))
 with (run / "log.jsonl").open("w") as file:
@@ -237,11 +239,11 @@ def test_a_failure_stands_in_the_table_and_does_not_stop_the_others(
     assert not [label for label in records if label.startswith("Default") and "judge" in label]
     rows = table(toys)
     assert rows["Default", "again"]["score_mean"] == ""
-    assert "seed 0: make failed with status 3" in rows["Default", "again"]["problems"]
+    assert "seed 0: make failed with status 7" in rows["Default", "again"]["problems"]
     assert float(rows["Rate", "0.3"]["score_mean"]) == pytest.approx(3.5)
     text = (toys.parent / "out" / "table.md").read_text()
     log = f"jobs/{records['Default: again, seed 1: make']['id']}.log"
-    assert f"- Default: again, seed 1: make failed with status 3, see {log}" in text
+    assert f"- Default: again, seed 1: make failed with status 7, see {log}" in text
     assert "0 of 2, 2 FAILED" in text
     said = capsys.readouterr()
     assert "failed after" in said.out
@@ -353,6 +355,133 @@ def test_what_has_no_checkpoint_yet_begins_anew(toys: Path) -> None:
     assert run(toys, "--only", "Rate: 0.1", "seeds=0") == 0
     assert (folder / "steps").read_text() == "1\n2\n3\n"
     assert "--resume" not in job_records(toys)["Rate: 0.1, seed 0: make"]["command"]
+
+
+# ---- forked programs, and how they can end --------------------------------------------------------------------------
+
+OUTCOMES = """
+import os, signal, sys, time
+how = dict(word.split("=", 1) for word in sys.argv[1:])["lr"]
+print("so it is")
+if how == "0.2":
+    sys.exit(4)
+if how == "0.3":
+    os.kill(os.getpid(), signal.SIGKILL)  # as a system does whose memory has run out
+if how == "0.4":
+    time.sleep(60)
+if how == "0.5":
+    raise ZeroDivisionError("a bug")
+if how == "0.6":
+    os.execvp("sh", ["sh", "-c", "exit 3"])
+"""
+ENDS = {"0.2": "diverged", "0.3": "out of memory", "0.4": "out of time", "0.5": "failed", "0.6": "not defined"}
+
+
+def preloaded(toys: Path) -> None:
+    change(toys, "    resume: [--resume]", "    resume: [--resume]\n    preload: [json]")
+
+
+def test_forked_programs_come_to_the_same(toys: Path) -> None:
+    assert run(toys) == 0
+    plain, started = table(toys), job_records(toys)
+    shutil.rmtree(toys.parent / "out")
+    preloaded(toys)
+    assert run(toys, "--jobs", "2") == 0
+    keys = [key for key in plain["Rate", "0.1"] if "wall" not in key]
+    assert {row: [values[key] for key in keys] for row, values in table(toys).items()} == {
+        row: [values[key] for key in keys] for row, values in plain.items()
+    }
+    records = job_records(toys)
+    for label, record in records.items():
+        assert {**record, "seconds": 0, "pid": 0} == {**started[label], "seconds": 0, "pid": 0}
+        log = (toys.parent / "out" / "jobs" / f"{record['id']}.log").read_text()
+        assert log.startswith(f"$ {sys.executable} -m {record['command'][2]} ")
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_how_a_program_ended_is_told_apart(toys: Path, forked: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    (toys.parent / "toy.py").write_text(OUTCOMES)
+    change(
+        toys, "values: [0.1, 0.3], paper: {score: [1.5, 3.5 ± 0.2], percent: [null, 2]}", f"values: [{', '.join(ENDS)}]"
+    )
+    change(toys, "    resume: [--resume]", f"    limit: 3\n{'    preload: [json]' if forked else ''}")
+    assert run(toys, "--jobs", "2", "--only", "Rate*", "seeds=0") == 1
+    rows, records = table(toys), job_records(toys)
+    assert {lr: rows["Rate", lr]["outcome"] for lr in ENDS} == ENDS
+    assert {records[f"Rate: {lr}, seed 0: make"]["status"] for lr in ENDS} == set(ENDS.values())
+    assert not [label for label in records if "judge" in label]  # needs what came to nothing
+    text = (toys.parent / "out" / "table.md").read_text()
+    assert "0 of 1, 1 not defined" in text
+    assert "0 of 1, 1 FAILED" in text
+    assert "seed 0: make diverged, see jobs/make-" in text
+    said = capsys.readouterr().out
+    assert "6 rows: 0 done, 1 failed, 1 out of memory, 1 out of time, 1 not defined, 1 diverged, 1 open." in said
+    assert "ZeroDivisionError: a bug" in said
+    assert records["Rate: 0.2, seed 0: make"]["said"] == "so it is"
+    (toys.parent / "toy.py").write_text(TOY)  # what would be so again stays, the others are tried again
+    assert run(toys, "--only", "Rate*", "seeds=0") == 0
+    attempts = {lr: job_records(toys)[f"Rate: {lr}, seed 0: make"]["attempts"] for lr in ENDS}
+    assert attempts == {lr: 1 if how in ("diverged", "not defined") else 2 for lr, how in ENDS.items()}
+
+
+def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "pause=0.2", "steps=6")
+    process.kill()
+    process.communicate(timeout=60)
+    (record,) = job_records(toys).values()
+    with pytest.raises(InputError, match=f"is in use.*process {record['pid']}"):
+        run(toys, "pause=0.2", "steps=6")
+    os.kill(record["pid"], signal.SIGKILL)
+    wait_for(lambda: not alive(record["pid"]), "the end of the killed program")
+    assert run(toys, "pause=0.2", "steps=6", "--jobs", "2") == 0
+    assert len(list((toys.parent / "out" / "jobs").glob("*/steps"))) == 4
+    assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
+
+
+@pytest.mark.slow
+def test_interrupted_forked_programs_stop_and_leave_nobody(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "--jobs", "2", "pause=0.2", "steps=7")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    records = job_records(toys)
+    assert {(record["status"], record["exit"]) for record in records.values()} == {("interrupted", 143)}
+    assert not any(alive(record["pid"]) for record in records.values())
+
+
+def test_settings_are_those_of_the_rows_that_fit(toys: Path) -> None:
+    change(
+        toys,
+        "columns:",
+        """settings:
+  - {overrides: [a=1, b=1]}
+  - {where: {value: [0.3, 7]}, overrides: [a=2, "c={seed}"]}
+columns:""",
+    )
+    change(toys, "overrides: [steps=3]", "overrides: [steps=3], settings: [{where: {value: '*'}, overrides: [b=3]}]")
+    cells = expand(load_grid(toys), toys, "small", overrides=["d={1}"])
+    words = [cell.jobs[1]["make"].arguments(Path("J"))[:-2] for cell in cells]
+    assert words == [
+        ["steps=3", "a=1", "b=3", "d={1}", "lr=0.1"],
+        ["steps=3", "a=2", "c=1", "b=3", "d={1}", "lr=0.3"],
+        ["steps=3", "a=1", "b=1", "d={1}", "lr=0.1"],
+    ]
+    change(toys, "value: [0.3, 7]", "valeu: 0.3")
+    with pytest.raises(InputError, match=r'settings, where {"valeu": 0.3}: no row fits'):
+        run(toys)
+
+
+def test_a_grid_takes_over_what_it_does_not_say(toys: Path) -> None:
+    own = toys.with_name("own.yaml")
+    own.write_text("base: toys.yaml\ntitle: Own\nscales:\n  large: {seeds: [5]}\n")
+    grid = load_grid(own)
+    assert (grid.title, grid.source, list(grid.scales)) == ("Own", "Toy (2026), table 1", ["small", "large"])
+    assert (grid.scales["large"].seeds, grid.scales["large"].overrides) == ([5], [])
+    own.write_text("base: own.yaml\ntitle: Own\n")
+    with pytest.raises(InputError, match="its own base"):
+        load_grid(own)
 
 
 # ---- what it refuses ---------------------------------------------------------------------------------------------
@@ -562,9 +691,33 @@ def settings(cell: Cell, stage: str = "train") -> ClassifyConfig:
     return classify.parse(cell.jobs[0][stage].arguments(Path("JOBS")))[1]
 
 
+def diagonals(rows: list[RowsConfig]) -> list[RowsConfig]:
+    """Every value of every axis of a product in at least one row, instead of all combinations."""
+    found = []
+    for block in rows:
+        for i in range(max(map(len, block.product.values()))):
+            axes = {name: [values[i % len(values)]] for name, values in block.product.items()}
+            if axes not in [other.product for other in found]:
+                found.append(replace(block, product=axes))
+    return found
+
+
+def test_the_benchmark_has_78_models_and_two_baselines_on_nine_tasks() -> None:
+    for name, others in (("inr_bench_mini", 0), ("inr_bench_paper", 0), ("inr_bench_activations", 8)):
+        blocks = load_grid(GRIDS / f"{name}.yaml").rows
+        sizes = [[len(values) for values in block.product.values()] for block in blocks]
+        assert sizes == ([[9, others, 4]] if others else [[9, 14, 4], [9, 22], [9, 1], [9, 1]])
+    known = {name for block in (*load_grid(GRIDS / "inr_bench_mini.yaml").rows, *blocks)
+             for name in block.product.get("activation", [])}  # fmt: skip
+    assert known == set(list_activations())  # those of the benchmark and the further ones are all there are
+
+
 @pytest.mark.parametrize("path", [path for path in PATHS if path.stem not in SIZES], ids=lambda path: path.stem)
 def test_other_grids_are_accepted_by_their_programs(path: Path) -> None:
     grid = load_grid(path)
+    if path.stem.startswith("inr_bench"):
+        scales = {name: grid.scales[name] for name in ("adam", "tiny") if name == "adam" or grid.base is None}
+        grid = replace(grid, rows=diagonals(grid.rows), base="itself", scales=scales)
     for scale in grid.scales:
         cells = expand(grid, path, scale, seeds=[0])  # others have the same words but for the seed
         assert len({job.id for cell in cells for chain in cell.jobs.values() for job in chain.values()}) >= len(cells)

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mwt.config_files import load_config, read_options
-from mwt.errors import InputError, TrainingError
+from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import FieldConfig, build_field, evaluate, load_field
-from mwt.fields.config import MLPConfig
+from mwt.fields.config import InterpolatedGridConfig, MLPConfig
 from mwt.fit_config import FitConfig, FitOptimConfig
 from mwt.fitting import SignalFit, evaluation_steps, fields_for
 from mwt.signals import TASKS, Sampler, signal_paths
@@ -275,3 +275,42 @@ def test_every_task_goes_through_the_program(folder: Path) -> None:
         Image.fromarray(picture(i)).save(frames / f"{i}.png")
     assert run("task=video", f"signal.path={frames}", f"run.dir={folder / 'video'}") == 0
     assert (folder / "video/reconstruction/video.gif").is_file()
+
+
+# ---- total variation ---------------------------------------------------------------------------------------------
+
+
+def test_total_variation_is_added_to_the_loss_of_a_grid(folder: Path) -> None:
+    """The gradient of one step, beside that of the sum written out; two signals at once as each alone."""
+    config = FieldConfig(name="grid", grid=InterpolatedGridConfig(size=(6, 5)))
+    optim = FitOptimConfig(steps=5, total_variation=0.7)
+    found = []
+    for paths in ([folder / "0.png"], [folder / "1.png"], [folder / "0.png", folder / "1.png"]):
+        task = image_task(paths)
+        fields = fields_for(config, task, seed=0)
+        with torch.no_grad():
+            fields.vertices += torch.linspace(-1, 1, 6 * 5 * 3).reshape(6, 5, 3).sin()
+        values = fields.vertices.detach().clone().requires_grad_()
+        fit = SignalFit(task, fields, optim, seed=0, evaluations=1)
+        plain = task.loss(fields, None, torch.Generator()).detach()
+        torch.testing.assert_close(fit.make_step(), plain)  # what is reported is without it
+        found.append(fields.vertices.grad)
+        if len(paths) == 1:
+            down, right = values[1:, :-1] - values[:-1, :-1], values[:-1, 1:] - values[:-1, :-1]
+            variation = (down**2 + right**2 + 1e-12).sqrt().mean()
+            with torch.no_grad():
+                fields.vertices.copy_(values)
+            fields.zero_grad()
+            task.loss(fields, None, torch.Generator()).sum().backward()
+            (own,) = torch.autograd.grad(0.7 * variation, values)
+            torch.testing.assert_close(found[-1], fields.vertices.grad + own)
+    torch.testing.assert_close(found[2], torch.stack(found[:2]))
+
+
+def test_total_variation_is_of_grids_alone(folder: Path) -> None:
+    task = image_task([folder / "0.png"])
+    fit = SignalFit(task, fields_for(SMALL, task, seed=0), FitOptimConfig(total_variation=1.0), 0, evaluations=1)
+    with pytest.raises(NotDefinedError, match=r"optim.total_variation is for grids.*not field.name=mlp"):
+        fit.make_step()
+    with pytest.raises(InputError, match="cannot be negative"):
+        FitOptimConfig(total_variation=-1.0)

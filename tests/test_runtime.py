@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mwt import runtime
-from mwt.errors import InputError, TrainingError
+from mwt.errors import DivergedError, InputError, NotDefinedError, TrainingError
+from mwt.peak_memory import PeakMemory
 from mwt.runtime import StopRequested, can_compile, choose_device, environment, run_program, write_json
 from tests.fork_server import Server
 
@@ -23,6 +24,10 @@ from tests.fork_server import Server
     [
         (InputError("No such thing."), 2, "error: No such thing."),
         (TrainingError("Not finite at step 3."), 1, "error: Not finite at step 3."),
+        (NotDefinedError("No gradient."), 3, "error: No gradient."),
+        (DivergedError("Not finite at step 3."), 4, "error: Not finite at step 3."),
+        (MemoryError(), 5, "error: out of memory"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), 5, "error: out of memory: CUDA"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), 2, "No space left on device: a/b"),
         (PermissionError(errno.EACCES, "Permission denied", "c"), 2, "Permission denied: c"),
@@ -50,6 +55,26 @@ def test_what_main_returns_is_the_exit_status(returned: int | None, status: int)
     with pytest.raises(SystemExit) as left:
         run_program(main)
     assert left.value.code == status
+
+
+def test_memory_that_torch_cannot_have_is_told_apart_from_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str] | None) -> int:
+        return len(torch.empty(2**55))  # more than any machine addresses
+
+    with pytest.raises(SystemExit) as left:
+        run_program(main)
+    assert left.value.code == 5
+    assert "error: out of memory: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the whole process's")
+def test_the_peak_is_of_what_came_after() -> None:
+    """ru_maxrss would say 200 MB."""
+    del (large := [torch.ones(50_000_000)])[:]
+    measured = PeakMemory(torch.device("cpu"))
+    del (small := [torch.ones(15_000_000)])[:]
+    assert 55e6 < measured.read() < 75e6
+    assert (large, small) == ([], [])
 
 
 def test_a_mistake_in_the_program_keeps_its_traceback() -> None:

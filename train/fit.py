@@ -29,6 +29,7 @@ from mwt.fields import save_field
 from mwt.fit_config import FIT_DEBUG, FitConfig
 from mwt.fit_report import Film, curve_figure, result, result_table
 from mwt.fitting import SignalFit, fields_for
+from mwt.peak_memory import PeakMemory
 from mwt.plots import figure_png
 from mwt.rank import RankTracker, rank_figure
 from mwt.run_directory import open_run_directory
@@ -138,23 +139,25 @@ def fit(going: SignalFit, config: FitConfig, *, stop: StopRequested) -> bool:
     return going.finished
 
 
-def conclude(going: SignalFit, config: FitConfig) -> None:
+def conclude(going: SignalFit, config: FitConfig, peak_memory: int) -> None:
     """Write everything that a fit leaves, and say what came of it."""
     run, task, fields = Path(config.run.dir), going.task, going.fields
     save_field(fields, task.frame, run / "field")
     folder = run / "reconstruction"
     folder.mkdir(exist_ok=True)
     files = task.write(fields, folder)
-    (run / "curves.png").write_bytes(figure_png(curve_figure(going.curve, task.metric)))
+    if config.run.curves:
+        (run / "curves.png").write_bytes(figure_png(curve_figure(going.curve, task.metric)))
     if going.ranks is not None:
         (run / "ranks.png").write_bytes(figure_png(rank_figure({config.optim.name: going.ranks.rows})))
         write_json(run / "ranks.json", going.ranks.as_json())
     if config.run.film:
         Film(run / "film").write(run / "progress.gif")
-    write_json(run / "result.json", result(going, config))
+    cpu_seconds = round(time.process_time(), 2)
+    write_json(run / "result.json", {**result(going, config), "peak_memory": peak_memory, "cpu_seconds": cpu_seconds})
     (run / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"\n{result_table(going)}\n")
-    print(f"Written: {run}/result.json, field/, curves.png and {', '.join(str(f.relative_to(run)) for f in files[:4])}"
+    print(f"Written: {run}/result.json, field/ and {', '.join(str(f.relative_to(run)) for f in files[:4])}"
           + (", …" if len(files) > 4 else ""))  # fmt: skip
 
 
@@ -172,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     device = runtime.choose_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    memory = PeakMemory(device)
     with StopRequested() as stop:
         task = make_task(config, device)
         fields = fields_for(config.field, task, seed=config.run.seed).to(device)
@@ -190,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         describe(config, task, going)
         if not fit(going, config, stop=stop):
             return stop.exit_status
-    conclude(going, config)
+    conclude(going, config, memory.read())
     return 0
 
 

@@ -1,0 +1,153 @@
+"""eval.leaderboard on a grid of toy models: ranks and correlations beside what was counted by hand; the page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval import grid, leaderboard
+from mwt.errors import InputError
+from mwt.leaderboard import load_board, shown
+
+# A model's score on a task and seed; beta diverges on sound.
+TOY = """
+import json, pathlib, sys
+options = dict(word.split("=", 1) for word in sys.argv[1:])
+run, model, seed = pathlib.Path(options["run.dir"]), options["model"], int(options["seed"])
+run.mkdir()
+if (model, options["task"]) == ("beta", "sound"):
+    print("not finite"); sys.exit(4)
+score = {"alpha": [30, 5], "beta": [20, 0], "gamma": [10, 9], "delta": [15, 7]}[model][options["task"] == "sound"]
+name = "snr" if options["task"] == "sound" else "psnr"
+(run / "result.json").write_text(json.dumps({
+    "final": {name: score + seed}, "parameters": 1000 * len(model), "baselines": {"nothing": {name: 1.5}}}))
+with (run / "metrics.jsonl").open("w") as file:
+    for step in (1, 10, 100):
+        file.write(json.dumps({"step": step, name: score * step / 100}) + "\\n")
+"""
+GRID = """
+title: Toys <all>
+source: nobody
+scales: {adam: {seeds: [0, 1]}, slow: {seeds: [0]}}
+stages: {fit: {program: toyfit, overrides: ["run.dir={dir}", "seed={seed}"]}}
+rows:
+  - group: Net
+    product: {task: [picture, sound], model: [alpha, beta, gamma]}
+    overrides: ["task={task}", "model={model}"]
+  - {group: Other, product: {task: [picture, sound], model: [delta]}, overrides: ["task={task}", "model={model}"]}
+columns:
+  metric: {title: metric, stage: fit, file: result.json, path: final.snr|final.psnr}
+  parameters: {title: parameters, stage: fit, file: result.json, path: parameters, decimals: 0, average: false}
+claims:
+  - title: Somebody's order
+    task: sound
+    models: {C: "Net: gamma", A: "Net: alpha", B: "Net: beta", D: "Other: delta"}
+"""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("leaderboard")
+    (folder / "toyfit.py").write_text(TOY)
+    (folder / "toys.yaml").write_text(GRID)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        assert grid.main(["--config", str(folder / "toys.yaml"), "--out", str(folder / "out"), "--jobs", "2"]) == 0
+    for cell in json.loads((folder / "out" / "cells.json").read_text())["rows"]:
+        for chain in cell["jobs"].values():
+            place = folder / "out" / "jobs" / chain["fit"] / "reconstruction"
+            place.mkdir()
+            for name in ("a.png", "a.truth.png", "a.error.png"):
+                Image.fromarray(np.full((9, 12, 3), 90, np.uint8)).save(place / name)
+    assert leaderboard.main(["--grid", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_ranks_means_and_what_has_no_number(out: Path) -> None:
+    with (out / "leaderboard.csv").open(newline="") as file:
+        rows = {(row["task"], row["model"]): row for row in csv.DictReader(file)}
+    ranks = {place: row["rank"] for place, row in rows.items()}
+    assert [ranks["picture", name] for name in ("Net: alpha", "Net: beta", "Other: delta", "Net: gamma")] == list(
+        "1234"
+    )
+    assert [ranks["sound", name] for name in ("Net: gamma", "Other: delta", "Net: alpha")] == list("123")
+    assert (ranks["sound", "Net: beta"], rows["sound", "Net: beta"]["outcome"]) == ("", "diverged")
+    alpha = rows["picture", "Net: alpha"]
+    assert (float(alpha["metric"]), float(alpha["metric_sd"])) == (30.5, pytest.approx(0.5**0.5))  # seeds 30 and 31
+    assert (alpha["parameters"], alpha["seeds"], alpha["group"]) == ("5000.0", "2", "Net")
+    board = load_board(out)
+    assert board.mean_rank("Net: alpha") == 2  # 1 and 3
+    assert board.mean_rank("Net: beta") == 2  # its only number
+    assert [board.metric_name(task) for task in board.tasks] == ["PSNR, dB", "SNR, dB"]
+
+
+def test_the_correlation_is_of_the_models_that_both_tasks_have(out: Path) -> None:
+    board = load_board(out)
+    # alpha, delta, gamma rank 1, 2, 3 on pictures and 3, 2, 1 on sounds: 1 - 6 (4 + 0 + 4) / (3 (9 - 1)) = -1
+    assert board.correlation("picture", "sound") == pytest.approx(-1)
+    assert board.correlation("picture", "picture") == pytest.approx(1)
+    assert board.correlation("sound", "picture") == board.correlation("picture", "sound")
+
+
+def test_a_stated_order_is_counted(out: Path) -> None:
+    (claim,) = load_board(out).claims()
+    assert [score for _, _, score in claim.rows] == [9.5, 5.5, None, 7.5]
+    assert claim.neighbours == (1, 1)  # C > A holds; those of B have no number
+    assert claim.pairs == (2, 3)  # C > A and C > D hold, A > D does not
+    text = (out / "leaderboard.md").read_text()
+    assert "Here: C (9.50) > D (7.50) > A (5.50)." in text
+    assert "1 of 1 neighbouring pairs and 2 of 3 pairs have the stated order; 1 models have no number." in text
+
+
+def test_the_page_loads_nothing_and_is_well_formed(out: Path) -> None:
+    html = (out / "leaderboard.html").read_text()
+    assert all(source.startswith(("data:", "#")) for source in re.findall(r'(?:src|href)="([^"]{0,20})', html))
+    assert "Toys &lt;all&gt;" in html
+    assert html.count("<img") == 4 + 3 + 2  # reconstructions of the models that have a number, and the truths
+    assert html.count("<polyline") == 4 + 3
+    assert "nothing 1.50" in html  # a simple method
+    assert html.count(">diverged<") == 3  # of the numbers, on its task's table, in the heat map
+    assert re.findall(r'style="--v:(\d+)"', html)[:4].count("100") >= 1
+
+    class Balance(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "img", "path", "br"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            if tag not in ("path", "br"):
+                assert self.open.pop() == tag
+
+    parser = Balance()
+    parser.feed(html)
+    assert parser.open == []
+
+
+def test_a_second_grid_is_a_further_column(out: Path) -> None:
+    folder = out.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        arguments = ["--config", str(folder / "toys.yaml"), "--out", str(folder / "other"), "--scale", "slow"]
+        assert grid.main([*arguments, "--only", "Net: picture*alpha"]) == 0
+    html = leaderboard.page(load_board(out), load_board(folder / "other"))
+    assert "<th>PSNR, dB, slow</th>" in html
+    assert 'data-v="30.0">30.00</td>' in html
+
+
+def test_what_is_no_grid_is_refused(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no folder of eval\.grid"):
+        load_board(tmp_path)
+    with pytest.raises(InputError, match="no row has an axis 'colour'"):
+        load_board(out, axis="colour")
+    assert [shown(None), shown(1234.5), shown(1.25, 0.5, 1)] == ["–", "1,234.50", "1.2 ± 0.5"]
