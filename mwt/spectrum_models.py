@@ -139,8 +139,8 @@ def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) ->
     trained, frame = load_field(run.folder / "field")
     if trained.copies is not None:
         raise InputError(f"{run.folder} holds {trained.copies} fields; a kernel is that of one.")
-    sizes = {"coordinate_dims": trained.coordinate_dims, "channels": trained.channels}
-    fresh = build_field(run.config.field, seed=run.config.run.seed, **sizes)
+    dims, channels, seed = trained.coordinate_dims, trained.channels, run.config.run.seed
+    fresh = build_field(run.config.field, coordinate_dims=dims, channels=channels, seed=seed, frame=frame)
     size = coarse_size(frame.coordinate_dims, settings.points)
     coords, signal = frame.grid(size, device=device), _samples(run, frame, device)
     looks, energy = [], {}
