@@ -490,7 +490,7 @@ def test_a_grid_takes_over_what_it_does_not_say(toys: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("columns:", "colums:", "Did you mean: 'columns'"),
+        ("columns:", "colums:", "Did you mean one of: 'columns'"),
         ("resume_file: state.json", "resume_fil: state.json", "Did you mean one of: 'resume_file'"),
         ("sweep: lr", "sweeep: lr", "Did you mean: 'sweep'"),
         ("path: share", "pth: share", "Did you mean: 'path'"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mwt.config_files import load_config, read_options
 from mwt.errors import InputError, NotDefinedError, TrainingError
-from mwt.fields import FieldConfig, build_field, evaluate, load_field
+from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
 from mwt.fields.config import InterpolatedGridConfig, MLPConfig
 from mwt.fit_config import FitConfig, FitOptimConfig
 from mwt.fitting import SignalFit, evaluation_steps, fields_for
@@ -217,7 +217,10 @@ def test_a_config_can_be_run_as_its_header_says(path: Path) -> None:
     assert config.run.dir == f"runs/fit/{path.stem}"
     options = {key: value for key, value in config.signal.items() if key != "path"}
     read_options(TASKS[config.task].Options, options, path.name)
-    build_field(config.field, coordinate_dims=3, channels=3, seed=0)
+    size = {"asmr_image": (512, 512), "asmr_audio": (32_000,)}.get(path.stem, (8, 8, 8))
+    dims = len(size)
+    frame = Frame(kind="grid", axes=("t", "y", "x")[:dims], coordinate_range=((-1.0, 1.0),) * dims, size=size)
+    build_field(config.field, coordinate_dims=dims, channels=3, seed=0, frame=frame)
 
 
 def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
