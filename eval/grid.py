@@ -28,10 +28,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mwt.errors import InputError
-from mwt.grid import Cell, Job, expand, select
-from mwt.grid_config import GridConfig, load_grid
-from mwt.grid_jobs import Child, Runner, own_folder
-from mwt.grid_table import (
+from mwt.grids.config import GridConfig, load_grid
+from mwt.grids.jobs import Child, Runner, own_folder
+from mwt.grids.plan import Cell, Job, expand, select
+from mwt.grids.table import (
     OUTCOMES,
     RESULTS,
     Row,

@@ -20,8 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 from mwt.errors import InputError
-from mwt.grid_table import as_csv
-from mwt.leaderboard import (
+from mwt.grids.leaderboard import (
     Board,
     Entry,
     as_markdown,
@@ -34,6 +33,7 @@ from mwt.leaderboard import (
     shown,
     task_lines,
 )
+from mwt.grids.table import as_csv
 from mwt.page import STYLE, section
 from mwt.runtime import run_program, write_text
 from mwt.tracking import read_metrics

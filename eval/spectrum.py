@@ -32,10 +32,9 @@ from mwt.errors import InputError
 from mwt.page import chart, charts, section, table
 from mwt.plots import Line
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json, write_text
-from mwt.spectrum import Look, Study, correlations, first_look, held_out_from, make_task, study
-from mwt.spectrum_config import SpectrumConfig
-from mwt.spectrum_models import FitRun, grid_models, models, read_fit_run, run_looks
-from mwt.spectrum_page import (
+from mwt.spectra.config import SpectrumConfig
+from mwt.spectra.models import FitRun, grid_models, models, read_fit_run, run_looks
+from mwt.spectra.page import (
     TITLES,
     as_text,
     correlation_section,
@@ -46,6 +45,7 @@ from mwt.spectrum_page import (
     page,
     study_table,
 )
+from mwt.spectra.study import Look, Study, correlations, first_look, held_out_from, make_task, study
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -26,9 +26,9 @@ from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.fields import list_activations
-from mwt.grid import Cell, expand, published
-from mwt.grid_config import RowsConfig, load_grid
-from mwt.grid_table import look_up
+from mwt.grids.config import RowsConfig, load_grid
+from mwt.grids.plan import Cell, expand, published
+from mwt.grids.table import look_up
 from mwt.runtime import run_program
 
 ROOT = Path(__file__).parents[1]

@@ -22,9 +22,9 @@ from mwt.errors import InputError
 from mwt.fields import load_field
 from mwt.fit_config import FitOptimConfig
 from mwt.ntk import kernel
-from mwt.spectrum import Study, correlations, held_out_from, make_task, study
-from mwt.spectrum_config import SpectrumConfig, SpectrumRunConfig, SpectrumSignalConfig
-from mwt.spectrum_models import model_overrides, models
+from mwt.spectra.config import SpectrumConfig, SpectrumRunConfig, SpectrumSignalConfig
+from mwt.spectra.models import model_overrides, models
+from mwt.spectra.study import Study, correlations, held_out_from, make_task, study
 from train.fit import main as fit
 
 SMALL = ["signal.size=24", "signal.frequencies=[2,6]", "field.mlp.width=8", "field.mlp.hidden_layers=1"]

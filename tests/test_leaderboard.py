@@ -14,7 +14,7 @@ from PIL import Image
 
 from eval import grid, leaderboard
 from mwt.errors import InputError
-from mwt.leaderboard import load_board, shown
+from mwt.grids.leaderboard import load_board, shown
 
 # A model's score on a task and seed; beta diverges on sound.
 TOY = """

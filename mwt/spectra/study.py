@@ -23,7 +23,7 @@ from mwt.signals.image import ImageTask
 from mwt.signals.pictures import read_picture
 from mwt.signals.synthetic import SampledTask
 from mwt.signals.task import Evaluation
-from mwt.spectrum_config import SpectrumRunConfig, SpectrumSignalConfig
+from mwt.spectra.config import SpectrumRunConfig, SpectrumSignalConfig
 
 LARGEST_KERNEL = 4096
 """Points; the kernel of more takes gigabytes, and its eigenvalues hours."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mwt.errors import InputError
-from mwt.grid import Job
-from mwt.grid_fork import Forked, ForkServer
-from mwt.grid_table import read_record
+from mwt.grids.fork import Forked, ForkServer
+from mwt.grids.plan import Job
+from mwt.grids.table import read_record
 from mwt.runtime import write_json
 
 GRACE = 120.0

@@ -22,7 +22,7 @@ from mwt.config_files import flat, load_config
 from mwt.errors import InputError
 from mwt.fit_config import FitConfig
 from mwt.fit_set_config import FitSetConfig
-from mwt.grid_config import GridConfig, RowsConfig, SettingConfig, StageConfig
+from mwt.grids.config import GridConfig, RowsConfig, SettingConfig, StageConfig
 from mwt.weights_config import WeightsConfig
 
 SCHEMAS: dict[str, type] = {

@@ -1,4 +1,4 @@
-"""A grid's YAML file: scales, stages, rows, settings, columns and plots. `mwt.grid` makes jobs of it.
+"""A grid's YAML file: scales, stages, rows, settings, columns and plots. `mwt.grids.plan` makes jobs of it.
 
 `base: FILE` takes over the blocks of another grid, relative to this one; a block that stands here too replaces it,
 and so does a scale.
@@ -49,7 +49,7 @@ class StageConfig:
     where: dict[str, Any] = field(default_factory=dict)
     """Only rows that fit have this stage (`SettingConfig.where`)."""
     preload: list[str] = field(default_factory=list)
-    """Modules that one process imports, which then forks the program for every job (`mwt.grid_fork`). Without any, or
+    """Modules that one process imports, which then forks the program for every job (`mwt.grids.fork`). Without any, or
     where there is no fork to rely on, each job is a process that imports everything itself."""
     limit: float | None = None
     """Seconds after which it is ended and recorded as out of time; null: none."""

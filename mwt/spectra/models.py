@@ -26,8 +26,8 @@ from mwt.fields.registry import field_block
 from mwt.fit_config import FitConfig
 from mwt.ntk import energy_by_frequency
 from mwt.signals import TASKS, signal_paths
-from mwt.spectrum import Look, coarse_size, look
-from mwt.spectrum_config import SpectrumConfig, SpectrumRunConfig
+from mwt.spectra.config import SpectrumConfig, SpectrumRunConfig
+from mwt.spectra.study import Look, coarse_size, look
 
 KINDS = {"kan": "kan.basis", "mfn": "mfn.filter"}
 """What the word after the colon sets, in `kan:fourier` and `mfn:gabor`."""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from mwt.page import STYLE, chart, folded, section, table
 from mwt.plots import _figure, _plain, class_colours
-from mwt.spectrum import FLAT, Look, Study
+from mwt.spectra.study import FLAT, Look, Study
 
 OPEN = 6
 """Models whose pictures are shown at once; those of the others unfold."""

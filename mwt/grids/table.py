@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mwt.errors import InputError
-from mwt.grid import JOBS, Cell, Job
-from mwt.grid_config import ColumnConfig, GridConfig, PlotConfig
+from mwt.grids.config import ColumnConfig, GridConfig, PlotConfig
+from mwt.grids.plan import JOBS, Cell, Job
 from mwt.tracking import read_metrics
 
 Record = dict[str, Any]

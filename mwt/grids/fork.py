@@ -65,7 +65,7 @@ class ForkServer:
         self._said = b""
         self._started: list[Forked] = []
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "mwt.grid_fork", *modules],
+            [sys.executable, "-m", "mwt.grids.fork", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environment),

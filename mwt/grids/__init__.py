@@ -1,0 +1,1 @@
+"""Grids of programs: a YAML file becomes jobs, jobs become records, records a table and a leaderboard."""
