@@ -7,6 +7,7 @@ values that make a published model (`VARIANTS`) at the level where it is named; 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -58,7 +59,7 @@ def _levels(path: Path, *, may_have_base: bool = True) -> list[tuple[str, DictCo
 
 @cache
 def _defaults(schema: Any) -> Any:
-    """A schema as OmegaConf has it, which takes as long to make as all else; merging copies it."""
+    """A schema as OmegaConf has it, which takes as long to make as all else; to be copied before it is changed."""
     return OmegaConf.structured(schema)
 
 
@@ -75,12 +76,12 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
     if overrides:
         levels.append(("command line", OmegaConf.from_dotlist(list(overrides))))
     known: Any = schema  # hashable, as all classes are
-    merged = _defaults(known)
+    merged, where = deepcopy(_defaults(known)), "defaults"
     try:
         for where, level in levels:
             if "variant" in level:
-                merged = OmegaConf.merge(merged, _variant_overrides(level["variant"], where))
-            merged = OmegaConf.merge(merged, level)
+                merged = OmegaConf.unsafe_merge(merged, _variant_overrides(level["variant"], where))
+            merged = OmegaConf.unsafe_merge(merged, level)  # copies nothing: both are this function's own
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
