@@ -12,7 +12,7 @@ from mwt.fields.config import FieldConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptimConfig:
-    """How a field is fitted. Rates fall along a cosine to zero over exactly the steps that are run."""
+    """How a field is fitted. Rates fall along a cosine, to zero or lr_min, over exactly the steps that are run."""
 
     name: Literal["adam", "muon", "lbfgs"] = "adam"
     """muon: the matrices between hidden layers by Muon, everything else by Adam. lbfgs: all points, one signal."""
@@ -25,6 +25,8 @@ class FitOptimConfig:
     """Points that a step sees, each once before any comes again; null: all."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Of adam and muon; lbfgs has a line search."""
+    lr_min: float = 0.0
+    """Where the cosine of `lr` ends; a Muon rate beside it falls by the same factor."""
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -32,6 +34,7 @@ class FitOptimConfig:
         _require(self.lr_muon is None or self.lr_muon > 0, "optim.lr_muon must be positive, or null.")
         _require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
         _require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
+        _require(0 <= self.lr_min <= self.lr, f"optim.lr_min is {self.lr_min}; it must lie between 0 and optim.lr.")
         _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
         _require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
         _require(

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mwt.fields import Field
+from mwt.fields import Field, evaluate
 from mwt.fit_config import FitConfig
 from mwt.fitting import Row, SignalFit
 from mwt.plots import curves_figure
@@ -65,11 +65,10 @@ def curve_figure(curve: list[Row], metric: str) -> Figure:
 
 def macs_per_point(fields: Field) -> int:
     """Multiply-adds of one network for one point, counted by torch: products only, no activations."""
-    device = next(fields.parameters()).device
-    coords = torch.zeros(16, fields.coordinate_dims, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        fields(coords)
-    return round(counter.get_total_flops() / 2 / 16 / (fields.copies or 1))
+    coords = fields.example()
+    with FlopCounterMode(display=False) as counter:
+        evaluate(fields, coords)
+    return round(counter.get_total_flops() / 2 / len(coords) / (fields.copies or 1))
 
 
 def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mwt.errors import InputError, TrainingError
+from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import Field, build_field
 from mwt.fields.config import FieldConfig
+from mwt.fields.registry import ON_SAMPLES
 from mwt.fit_config import FitOptimConfig
 from mwt.muon import Muon
 from mwt.muon_groups import split_parameters
@@ -31,15 +33,24 @@ def fields_for(config: FieldConfig, task: Task, *, seed: int) -> Field:
     """A field for the task's signal, or one for each of its signals, all beginning as a single one would.
 
     Raises:
-        InputError: settings that do not go together, or a field whose derivatives will not do for the task.
+        InputError: settings that do not go together.
+        NotDefinedError: a field on whole samples whose task asks for values between them, or a field whose derivatives
+            will not do for the task.
     """
+    name = f"task={type(task).__name__.removesuffix('Task').lower()}"
+    if config.name in ON_SAMPLES and task.between:
+        raise NotDefinedError(
+            f"{name} asks for values between the samples of its signal, and field.name={config.name} is "
+            "defined on the samples only: choose another field."
+        )
     sizes = {"coordinate_dims": task.frame.coordinate_dims, "channels": task.channels, "seed": seed}
-    single = build_field(config, **sizes)
-    single.require_derivatives(task.derivatives, f"task={type(task).__name__.removesuffix('Task').lower()}")
+    build = partial(build_field, config, frame=task.frame, **sizes)
+    single = build()
+    single.require_derivatives(task.derivatives, name)
     if task.count == 1:
         return single
-    several = build_field(config, **sizes, copies=task.count)
-    alike = build_field(config, **sizes, copies=1).state_dict()
+    several = build(copies=task.count)
+    alike = build(copies=1).state_dict()
     several.load_state_dict({name: value.expand_as(several.state_dict()[name]) for name, value in alike.items()})
     return several
 
@@ -95,7 +106,10 @@ class SignalFit:
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         device = next(self.fields.parameters()).device
         self.baselines = self.task.baselines()
-        self.sampler = Sampler(self.task.points, self.config.points, self.seed, device)
+        size, tiles = self.task.frame.size, None
+        if size is not None and self.fields.tile is not None and math.prod(size) == self.task.points:
+            tiles = (size, self.fields.tile)
+        self.sampler = Sampler(self.task.points, self.config.points, self.seed, device, tiles)
 
     @property
     def finished(self) -> bool:
@@ -129,7 +143,8 @@ class SignalFit:
     def make_step(self) -> Tensor:
         """One optimizer step; the losses [N] before it. The sum over signals is minimised: they do not meet."""
         if self.config.schedule == "cosine" and self.config.name != "lbfgs":
-            factor = (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
+            least = self.config.lr_min / self.config.lr
+            factor = least + (1 - least) * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
         index, seen = self.sampler.index(self.step), []

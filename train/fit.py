@@ -90,7 +90,8 @@ def describe(config: FitConfig, task: Task, going: SignalFit) -> None:
         if config.optim.points
         else f"all {task.points:,}"
     )
-    print(f"field     {config.field.name}: {going.fields.num_parameters:,} parameters")
+    detail = f"; {going.fields.detail}" if going.fields.detail else ""
+    print(f"field     {config.field.name}: {going.fields.num_parameters:,} parameters{detail}")
     rates = ", ".join(f"{rate:.3g}" for rate in going.rates)
     print(f"fit       {config.optim.steps:,} steps of {config.optim.name} (rates {rates}), {points} points a step")
     for name, metrics in going.baselines.items():

@@ -20,6 +20,7 @@ from mwt.fields.config import (
     MFNConfig,
     MLPConfig,
 )
+from mwt.fields.config_asmr import ASMRConfig
 from mwt.fields.encoding import list_encodings
 from mwt.fields.field import Field, evaluate
 from mwt.fields.files import load_field, save_field
@@ -29,6 +30,7 @@ from mwt.fields.registry import FIELDS, build_field, list_fields
 
 __all__ = [
     "FIELDS",
+    "ASMRConfig",
     "ActivationConfig",
     "AdaptedField",
     "EncodingConfig",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from mwt.errors import InputError
+from mwt.fields.config_asmr import ASMRConfig
+from mwt.fields.config_checks import require
 
 T = TypeVar("T")
 
@@ -23,16 +25,6 @@ def choose(table: Mapping[str, T], name: str, key: str) -> T:
         hint = f"did you mean {near[0]!r}? There are" if near else "there are"
         raise InputError(f"{key} is {name!r}, which is not known; {hint} {', '.join(table)}.")
     return table[name]
-
-
-def require(condition: bool, message: str) -> None:
-    """Refuse a setting.
-
-    Raises:
-        InputError: the condition does not hold.
-    """
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +203,7 @@ class FieldConfig:
     mfn: MFNConfig = field(default_factory=MFNConfig)
     hash_grid: HashGridConfig = field(default_factory=HashGridConfig)
     grid: InterpolatedGridConfig = field(default_factory=InterpolatedGridConfig)
+    asmr: ASMRConfig = field(default_factory=ASMRConfig)
 
 
 def per_axis(values: tuple[T, ...], dims: int, key: str) -> list[T]:

@@ -24,6 +24,8 @@ class Field(nn.Module):
 
     config: FieldConfig
     """What `build_field` made it from."""
+    tile: tuple[int, ...] | None = None
+    """Sides of the tiles of a grid whose samples share work, where some do: a batch is best made of whole tiles."""
 
     def __init__(self, *, coordinate_dims: int, channels: int, copies: int | None, derivatives: int) -> None:
         super().__init__()
@@ -52,6 +54,19 @@ class Field(nn.Module):
         """The matrices between hidden layers, which Muon may train; everything else is Adam's."""
         return []
 
+    def split(self, coords: Tensor, at_once: int) -> tuple[Tensor, ...]:
+        """Coordinates [*N, P, D] in parts, one after the other, each to be evaluated with bounded memory."""
+        return coords.split(at_once, dim=-2)
+
+    def example(self) -> Tensor:
+        """Coordinates [P, D] for counting what a point costs; the whole grid where samples share work."""
+        return torch.zeros(16, self.coordinate_dims, device=next(self.parameters()).device)
+
+    @property
+    def detail(self) -> str:
+        """What people should know of how it was made, beside its configuration."""
+        return ""
+
     @property
     def num_parameters(self) -> int:
         """Real numbers that are learned, per network."""
@@ -64,10 +79,12 @@ class Field(nn.Module):
             NotDefinedError: `task` needs derivatives of an order that this field has not.
         """
         if self.derivatives < order:
+            mend = "It is defined on whole samples only: choose another field."
+            if self.tile is None:
+                mend = "Choose a smoother activation or interpolation (finer: activation.detach_scale=false)."
             raise NotDefinedError(
                 f"{task} needs derivatives of order {order} with respect to coordinates; those of this field are right "
-                f"up to order {self.derivatives}. Choose a smoother activation or interpolation (finer: "
-                "activation.detach_scale=false)."
+                f"up to order {self.derivatives}. {mend}"
             )
 
 
@@ -100,6 +117,6 @@ def evaluate(
     training = field.training
     field.eval()
     try:
-        return torch.cat([field(part).to(device or coords.device) for part in coords.split(at_once, dim=-2)], dim=-2)
+        return torch.cat([field(part).to(device or coords.device) for part in field.split(coords, at_once)], dim=-2)
     finally:
         field.train(training)

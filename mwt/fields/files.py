@@ -78,7 +78,7 @@ def load_field(folder: Path | str) -> tuple[Field, Frame]:
         config = _field_config(content["field"])
         frame = Frame.from_dict(content["frame"])
         sizes = {name: content[name] for name in ("coordinate_dims", "channels", "copies")}
-        field = build_field(config, seed=0, **sizes)
+        field = build_field(config, seed=0, frame=frame, **sizes)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {error}") from error
     weights = folder / WEIGHTS

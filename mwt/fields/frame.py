@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mwt.errors import InputError
-from mwt.fields.config import require
+from mwt.fields.config_checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

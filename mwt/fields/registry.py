@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mwt.errors import InputError
+from mwt.fields.asmr import ASMR
 from mwt.fields.config import FieldConfig, choose
 from mwt.fields.field import Field
+from mwt.fields.frame import Frame
 from mwt.fields.grid import Grid
 from mwt.fields.hash_grid import HashGrid
 from mwt.fields.layers import Initializer
@@ -22,7 +25,11 @@ FIELDS: dict[str, FieldClass] = {
     "mfn": MultiplicativeFilterNetwork,
     "hash_grid": HashGrid,
     "grid": Grid,
+    "asmr": ASMR,
 }
+
+ON_SAMPLES = frozenset({"asmr"})
+"""Fields that are defined on the samples of a grid and nowhere else. They are told its frame (frame=)."""
 
 
 def list_fields() -> list[str]:
@@ -44,6 +51,7 @@ def build_field(
     seed: int,
     copies: int | None = None,
     position: int = 0,
+    frame: Frame | None = None,
 ) -> Field:
     """A freshly initialised field, on the CPU in float32.
 
@@ -51,14 +59,19 @@ def build_field(
         copies: N independent networks in one module, every parameter [N, ...]; None: one network.
         position: number of the (first) network. Initial values depend on seed and position alone: copy i is what
             `position + i` makes without copies.
+        frame: of the signal, for fields that are defined on its samples alone; without it they take their
+            configuration's size. The others ignore it.
 
     Raises:
         InputError: an unknown name, with a suggestion, or settings that do not go together; names the key.
+        NotDefinedError: a field on samples, and a signal that has none.
     """
-    kind = choose(FIELDS, config.name, "field.name")
+    kind: FieldClass = choose(FIELDS, config.name, "field.name")
     for name, value in (("coordinate_dims", coordinate_dims), ("channels", channels)):
         if value < 1:
             raise InputError(f"{name} is {value}; a field needs at least 1.")
+    if config.name in ON_SAMPLES:
+        kind = partial(kind, frame=frame)
     draws = Initializer(seed, copies=copies, position=position)
     field = kind(field_block(config), coordinate_dims=coordinate_dims, channels=channels, draws=draws)
     field.config = config

@@ -85,6 +85,7 @@ class ImageTask(Task):
         if options.scale < 1:
             raise InputError(f"signal.scale is {options.scale}; it must be at least 1.")
         self.options = options
+        self.between = self.between or options.scale > 1
         self.set_truth(pictures)
 
     def set_truth(self, pictures: Float[Tensor, "N h w C"]) -> None:

@@ -124,6 +124,7 @@ class RadianceTask(Task):
     sigmoid. Rays are sampled twice: evenly, then where the first pass saw something; both samples are composited.
     """
 
+    between = True
     metric = "psnr"
     several = False
     takes_folder = True

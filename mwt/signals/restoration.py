@@ -44,6 +44,7 @@ class SuperResolutionTask(ImageTask):
     """
 
     subsets = False
+    between = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(ImageOptions):

@@ -123,6 +123,7 @@ class ShapeTask(Task):
     """
 
     metric = "iou"
+    between = True
     endings = MESHES
 
     @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ signals, 1 for a single one: fields without copies give it through `predict`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Task(ABC):
     """The metric that decides what is best; larger is better."""
     derivatives: int = 0
     """Derivatives with respect to coordinates that the loss takes."""
+    between: bool = False
+    """Whether values are asked for between the samples of `frame`, or of what was measured."""
     endings: ClassVar[tuple[str, ...]] = ()
     """Of the files that a folder of signals is searched for."""
     takes_folder: ClassVar[bool] = False
@@ -128,23 +131,45 @@ class Sampler:
     """Which points each step sees: every point once before any comes again, in an order by (seed, round).
 
     The remainder of a round that fills no batch is left out, others each time. The same points for all signals.
+
+    With `tiles`, the points are the samples of a grid and come in whole tiles from all over it, as many tiles as have
+    `batch` samples, one at least: for fields whose samples share work. Where the sides of the tiles do not divide those
+    of the grid, tiles at its edges have fewer samples.
     """
 
     points: int
     batch: int | None
     seed: int
     device: torch.device
+    tiles: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Samples of the grid, and of a tile, along each axis."""
     _order: tuple[int, Tensor] | None = field(default=None, init=False)
 
     def index(self, step: int) -> Int[Tensor, " P"] | None:
         """The points of a step, counted from 0; None: all of them, in order."""
         if self.batch is None or self.batch >= self.points:
             return None
-        round_, place = divmod(step, self.points // self.batch)
+        if self.tiles is None:
+            return self._chosen(step, self.points, self.batch)
+        size, tile = self.tiles
+        counts = [-(-samples // side) for samples, side in zip(size, tile, strict=True)]
+        total = math.prod(counts)
+        chosen = self._chosen(step, total, min(total, max(1, self.batch // math.prod(tile))))
+        corners = torch.unravel_index(chosen.sort().values, counts)  # in order, the field need not look for them
+        numbers, inside = torch.zeros((), dtype=torch.long, device=self.device), torch.ones((), device=self.device) > 0
+        for axis, (corner, samples, side) in enumerate(zip(corners, size, tile, strict=True)):
+            place = torch.arange(side, device=self.device).view(-1, *(1,) * (len(tile) - axis - 1))
+            own = corner.view(-1, *(1,) * len(tile)) * side + place
+            numbers, inside = numbers * samples + own, inside & (own < samples)
+        return numbers[inside]
+
+    def _chosen(self, step: int, total: int, batch: int) -> Int[Tensor, " P"]:
+        """`batch` of `total` things, each once before any comes again."""
+        round_, place = divmod(step, total // batch)
         if self._order is None or self._order[0] != round_:
-            order = permutation(self.points, seed=self.seed, purpose="points", epoch=round_)
+            order = permutation(total, seed=self.seed, purpose="points", epoch=round_)
             self._order = (round_, order.to(self.device))
-        return self._order[1][place * self.batch : (place + 1) * self.batch]
+        return self._order[1][place * batch : (place + 1) * batch]
 
     def generator(self, step: int) -> torch.Generator:
         """For what else a step draws."""

@@ -133,6 +133,7 @@ class TomographyTask(ImageTask):
     lies outside set to black.
     """
 
+    between = True
     endings = (*PICTURES, ".dcm")
 
     @dataclass(frozen=True, kw_only=True)
