@@ -11,8 +11,8 @@ every pixel and unit in the last hidden layer. `asmr` is what the project does: 
 
 `ratio` is SIREN's time over ours. What could be had: `MACs` is SIREN's multiply-adds over ours (`published` over those
 of the published form, which has fewer, and sines in their place). `bound` is what our form cannot do without on this
-machine, measured in the same rounds: its products, its sines, and its arrays written and read once, one after the other,
-each at the rate of the bare operation of that size; `near` is its share of our time.
+machine, measured in the same rounds: its products, its sines, and one pass over the values, from tiles into rows, each
+at the rate of the bare operation of that size; `near` is its share of our time.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Case:
         """Activations shared as published; a number of tiles at a time, for the last ones fill gigabytes."""
         field, before = self.asmr, self.asmr.layers - 2
         phase, modulation = field._shared(before), field._modulation(before)
-        tiles = [field.last((part[:, None] + modulation).sin()) for part in phase.split(max(1, CHUNK // len(modulation)))]
-        return torch.cat(tiles)
+        parts = phase.split(max(1, CHUNK // len(modulation)))
+        return torch.cat([field.last((part[:, None] + modulation).sin()) for part in parts])
 
     def ours(self) -> Tensor:
         """All pixels by angle addition."""
@@ -87,15 +87,15 @@ class Case:
             raise Disagreement(f"at {self.size} x {self.size} angle addition differs by {difference:.2g} of the values")
 
     def bound(self) -> dict[str, Callable[[], object]]:
-        """The bare operations of our form: products, sines, passes over the arrays."""
+        """The bare operations of our form: products, sines, a pass over the values."""
         field, last = self.asmr, self.asmr.layers - 2
         cells = [math.prod(level) for level in field.cells]
         places, width = math.prod(field.tile) * field.channels, self.width
-        new = {"device": self.device}
-        hidden = [torch.randn(cells[i], width, **new) for i in range(1, last + 1)]
-        square, weights = torch.randn(width, width, **new), torch.randn(width, places, **new)
+        device = self.device
+        hidden = [torch.randn(cells[i], width, device=device) for i in range(1, last + 1)]
+        square, weights = torch.randn(width, width, device=device), torch.randn(width, places, device=device)
         outs = [torch.empty_like(part) for part in hidden]
-        values = torch.empty(cells[last], places, **new)
+        values = torch.empty(cells[last], places, device=device)
 
         def products() -> None:
             for part, out in zip(hidden, outs, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from PIL import Image

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mwt.config_files import load_config, read_options
-from mwt.fields import build_field
+from mwt.fields import Frame, build_field
 from mwt.fit_config import FitConfig
 from mwt.signals import TASKS
 
@@ -22,7 +22,8 @@ def test_a_config_of_a_fit(path: Path) -> None:
     assert options.pop("path")
     read_options(TASKS[config.task].Options, options, path.name)
     dims = {"audio": 1, "video": 3, "shape": 3, "radiance": 3}.get(config.task, 2)
-    assert build_field(config.field, coordinate_dims=dims, channels=1, seed=0).num_parameters > 0
+    frame = Frame(kind="", axes=("a",) * dims, coordinate_range=((-1.0, 1.0),) * dims, size=(512,) * dims)
+    assert build_field(config.field, coordinate_dims=dims, channels=1, seed=0, frame=frame).num_parameters > 0
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert f"python -m train.fit --config configs/fit/{path.name}" in header
     assert re.search(r"^# Data: +\w", header, re.M)

@@ -1,7 +1,8 @@
 """ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12531).
 
-A sample's number along each axis is written with L digits d_0 ... d_(L-1) (`mwt.fields.asmr_bases`), u_i = d_i / (B_i - 1)
-in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by the next digit:
+A sample's number along each axis is written with L digits d_0 ... d_(L-1) (`mwt.fields.asmr_bases`), and u_i =
+d_i / (B_i - 1) in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by
+the next digit:
 
     z_0 = sin(omega (W_0 u_0     + b_0 + omega M_0 u_1))
     z_i = sin(omega (W_i z_(i-1) + b_i + omega M_i u_(i+1)))      i = 1 ... L - 2
@@ -59,6 +60,8 @@ Plan = Tensor | Tiles | None
 
 class ASMR(Field):
     """The network of this module, on the grid of a frame or of its own configuration."""
+
+    tile: tuple[int, ...]
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class ASMR(Field):
         coarse = [side for n in outer for side in (n, 1)]
         fine = [side for n in inner for side in (1, n)]
         total = phase.unflatten(-2, coarse) + modulation.unflatten(-2, fine)
-        return total.flatten(-2 - 2 * len(outer), -2)
+        return total.flatten(-1 - 2 * len(outer), -2)
 
     def _shared(self, level: int) -> Tensor:
         """omega (W_i z_(i-1) + b_i), i = level, in all cells of the level [*N, T, H]."""
@@ -243,9 +246,11 @@ class ASMR(Field):
             return None
         if coords.requires_grad:
             raise NotDefinedError(
-                "A field of name=asmr has no gradient with respect to coordinates: it knows the numbers of samples, and "
-                "nothing between them."
+                "A field of name=asmr has no gradient with respect to coordinates: it knows the numbers of samples, "
+                "and nothing between them."
             )
+        while _functorch.is_gradtrackingtensor(coords):  # torch.func.grad wraps every argument
+            coords = _functorch.get_unwrapped(coords)
         numbers = self._numbers(coords)
         if coords.ndim > 2 or _under_vmap(coords):
             return numbers
@@ -337,7 +342,8 @@ def _grid(
     if frame.coordinate_dims != dims:
         raise InputError(f"The frame has {frame.coordinate_dims} axes and the field {dims}.")
     if given not in (None, frame.size):
-        raise InputError(f"asmr.size is {list(given or ())}, and the signal has {list(frame.size)}: leave out asmr.size.")
+        found = f"asmr.size is {list(given or ())}, and the signal has {list(frame.size)}"
+        raise InputError(f"{found}: leave out asmr.size.")
     return frame.size, frame.coordinate_range
 
 
@@ -355,7 +361,7 @@ def _ravel(numbers: Tensor, sides: list[int] | tuple[int, ...]) -> Tensor:
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of [*N, T, H] by [P] or [N, P], to [*N, P, H]. Its backward pass is a fast one, that of `table[index]` is not."""
+    """Rows of [*N, T, H] by [P] or [N, P], to [*N, P, H]; its backward pass is a fast one, unlike `table[index]`'s."""
     if table.ndim == 2:
         return F.embedding(index, table)
     count, length = table.shape[:2]

@@ -43,9 +43,7 @@ class ASMRConfig:
             f"asmr.bases has {', '.join(str(len(axis)) for axis in self.bases) or 'no'} numbers; every axis needs as "
             "many as the others, and 2 at least: fill up with 1.",
         )
-        require(
-            min(min(axis) for axis in self.bases) >= 1, "asmr.bases holds a number below 1; 1 stands for no digit."
-        )
+        require(min(min(axis) for axis in self.bases) >= 1, "asmr.bases holds a number below 1; 1 stands for no digit.")
         require(
             self.layers in (None, len(self.bases[0])),
             f"asmr.layers is {self.layers}, and asmr.bases has {len(self.bases[0])} digits; there is one for each "
