@@ -207,7 +207,9 @@ class MetaWeightTransformer(
         signal, inner = self.config.signal, self.config.inner_loop
         size = f"{signal.height} x {signal.width}, " if signal.height else ""
         counts = {name: sum(p.numel() for p in params) for name, params in self.parameter_groups().items()}
+        name = self.config.field.name
         rows = {
+            **({} if name == "siren" else {"field": f"{name}, {self.siren.adapted_size} adapted numbers"}),
             "signals": f"{signal.kind}, {size}{signal.channels} channel(s)",
             "classes": f"{len(signal.classes)}: {', '.join(signal.classes[:20])}{', …' * (len(signal.classes) > 20)}",
             "SIREN": f"{self.config.siren.hidden} wide, {self.config.siren.hidden_layers} hidden layers, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mwt.config import ReaderConfig
+from mwt.config_files import read_options
 from mwt.errors import InputError
 from mwt.readers.interface import Reader
 from mwt.tokens import tokens
@@ -127,8 +129,15 @@ class TransformerReader(Reader, _Transformer):
 class TokenReader(_Transformer):
     """The same Transformer over tokens [B, T, F] of fields that are no plain network (`mwt.model_field`)."""
 
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `reader.options` may hold."""
+
+        width: int | None = None
+        """Of the Transformer; null: siren.hidden."""
+
     def __init__(self, config: ReaderConfig, *, tokens: int, features: int, width: int, classes: int) -> None:
-        """For T tokens of F features, `width` wide.
+        """For T tokens of F features, `width` wide if the configuration says nothing else.
 
         Raises:
             InputError: another reader is asked for, or what it does not have.
@@ -139,10 +148,11 @@ class TokenReader(_Transformer):
                 f"reader.name={config.name} reads the weights of networks; of a field other than field.name=siren "
                 "there are tokens, which reader.name=transformer reads."
             )
-        if config.input.startswith("standardise") or config.options:
-            raise InputError("Of a field other than field.name=siren, reader.input is scale or raw, without options.")
+        if config.input.startswith("standardise"):
+            raise InputError(f"reader.input={config.input} is of networks; use scale or raw where field.name is not siren.")
+        options = read_options(self.Options, config.options, "reader.options of tokens")
         self.compiled = False
-        self.build(config, tokens=tokens, features=features, width=width, classes=classes)
+        self.build(config, tokens=tokens, features=features, width=options.width or width, classes=classes)
 
     def forward(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
         """Class logits of the tokens of a batch."""
