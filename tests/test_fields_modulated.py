@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from mwt.tokens import chunks
 from train import classify as train
 
 DIGITS = Path(__file__).parents[1] / "configs" / "classify" / "digits.yaml"
-SIZE = (8, 12)
+SIZE = (8, 16)
 HASH_GRID = (
     "field.name=hash_grid", "field.adapted=[table]", "field.options.levels=2", "field.options.log2_table=4",
     "field.options.base_resolution=[3]", "field.options.finest_resolution=[7]", "field.options.decoder.width=8",
@@ -65,7 +66,7 @@ def load(*overrides: str, size: tuple[int | None, int | None] = SIZE) -> ModelCo
 
 
 def small_field(name: str, *overrides: str) -> Any:
-    options = ("field.options.omega=2", "field.options.bases=[[2,2,1,2],[2,1,3,2]]") if "asmr" in name else ()
+    options = ("field.options.omega=2",) if "asmr" in name else ()
     torch.manual_seed(3)
     return make_field(load(f"field.name={name}", *options, *overrides)).double()
 
@@ -96,10 +97,14 @@ def test_a_modulated_siren_is_the_formula() -> None:
     assert not field.init_offsets(2).any()
 
 
+BASES = ((1, 2, 2, 2), (2, 2, 2, 2))
+"""Chosen for 8 and 16 pixels."""
+
+
 def asmr_value(own: dict[str, np.ndarray], shifts: np.ndarray, pixel: tuple[int, int], omega: float) -> np.ndarray:
     """One sample, digit by digit, as the paper writes it."""
     digits = []
-    for x, bases in zip(pixel, ((2, 2, 1, 2), (2, 1, 3, 2)), strict=True):
+    for x, bases in zip(pixel, BASES, strict=True):
         places = [int(np.prod(bases[i + 1 :])) for i in range(4)]
         digits.append([(x // g % b) / max(b - 1, 1) for g, b in zip(places, bases, strict=True)])
     u = np.array(digits).T
@@ -113,6 +118,7 @@ def asmr_value(own: dict[str, np.ndarray], shifts: np.ndarray, pixel: tuple[int,
 def test_a_modulated_asmr_is_the_formula_and_shares_activations() -> None:
     field = small_field("asmr_modulated")
     assert isinstance(field, ModulatedASMR)
+    assert field.asmr.bases == BASES
     own, coords, latents = numpy_of(field), grid(*SIZE, dtype=torch.float64), torch.randn(2, 3).double()
     actual = field(latents, coords)
     shifts = (latents.numpy() @ own["mapping"]).reshape(2, 3, 5)
@@ -271,7 +277,7 @@ def test_train_and_look_at_it(kind: str, tmp_path: Path, capsys: pytest.CaptureF
     assert run_debug(run, *KINDS[kind]) == 0
     data = ["data.limit=16", "run.threads=1"]
     assert classify.main(["--run", str(run), *data]) == 0
-    found = json.loads((run / "eval" / "classify.json").read_text())
+    found = json.loads((run / "eval" / "classify_altered.json").read_text())
     assert np.isfinite([found["psnr"], found["accuracy"]]).all()
     assert len({row["psnr"] for row in found["curve"]}) == 2  # the fit moves
     on_pixels = kind == "asmr"
@@ -283,27 +289,31 @@ def test_train_and_look_at_it(kind: str, tmp_path: Path, capsys: pytest.CaptureF
         export.main(["--run", str(run), "--out", str(tmp_path / "set"), *data])
     assert not (tmp_path / "set").exists()
     if kind == "modulations":
-        torch.manual_seed(0)
-        low, high = 0.1, 1.0
         rates = tensors(run)["alpha.0"]
-        assert ((rates >= low) & (rates <= high)).all()
+        assert ((rates >= 0.1) & (rates <= 1)).all()
         other = tmp_path / "other"
         assert run_debug(other, *KINDS[kind], "optim.lr_alpha=1") == 0
         assert torch.equal(tensors(other)["alpha.0"], rates)
     capsys.readouterr()
 
 
-def test_an_interrupted_run_goes_on_and_fields_do_not_mix(tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_fields_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     longer = ("field.name=modulated", "optim.epochs=2")
     assert run_debug(whole, *longer) == 0
-    ours = tensors(whole)
-    assert run_debug(parts, *longer) == 0
-    last = json.loads((parts / "checkpoints" / "last.json").read_text())
-    assert last["folder"] == "step-00000004"
-    theirs = tensors(parts)
+
+    def vote(stop: Any, step: int, device: Any, *, save: bool = False) -> tuple[bool, bool]:
+        if step == 3:
+            stop.signal = signal.SIGTERM
+        return stop.signal is not None, save
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.StopRequested, "vote", vote)
+        assert run_debug(parts, *longer) == 143
+    assert train.main(["--resume", f"run.dir={parts}"]) == 0
+    ours, theirs = tensors(whole), tensors(parts)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    model = MetaWeightTransformer.from_pretrained(whole / "checkpoints" / last["folder"])
+    model = MetaWeightTransformer.from_pretrained(whole / "checkpoints" / "step-00000004")
     assert model.config.field.name == "modulated"
     with pytest.raises(InputError, match=r"field\.latent is 64 there and 8 here"):
         run_debug(tmp_path / "next", "field.name=modulated", "field.latent=8", f"run.init_from={whole}")

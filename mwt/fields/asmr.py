@@ -252,7 +252,7 @@ class ASMR(Field):
         while _functorch.is_gradtrackingtensor(coords):  # torch.func.grad wraps every argument
             coords = _functorch.get_unwrapped(coords)
         numbers = self._numbers(coords)
-        if coords.ndim > 2 or _under_vmap(coords):
+        if coords.ndim > 2 or _functorch.is_batchedtensor(coords):
             return numbers
         number = _ravel(numbers, self.size)
         if len(number) == math.prod(self.size) and bool((number[1:] - number[:-1] == 1).all()):
@@ -271,7 +271,7 @@ class ASMR(Field):
         low, high = (coords.new_tensor(ends) for ends in zip(*self.ranges, strict=True))
         place = (coords - low) / (high - low) * coords.new_tensor(steps)
         nearest = place.round()
-        if not _under_vmap(coords):
+        if not _functorch.is_batchedtensor(coords):
             rounding = 4 * torch.finfo(coords.dtype).eps * max(self.size)
             last = coords.new_tensor([n - 1 for n in self.size])
             right = ((place - nearest).abs() <= min(0.25, max(1e-3, rounding))) & (nearest >= 0) & (nearest <= last)
@@ -376,12 +376,3 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if left.ndim == right.ndim == 3:
         return torch.baddbmm(base, left, right)
     return base + left @ right
-
-
-def _under_vmap(tensor: Tensor) -> bool:
-    """Whether vmap runs over a tensor, also within a gradient that is taken under it."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        if _functorch.is_batchedtensor(tensor):
-            return True
-        tensor = _functorch.get_unwrapped(tensor)
-    return False
