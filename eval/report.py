@@ -180,7 +180,7 @@ def film_strips(m: Material) -> str:
         "inner step changes its weights a little towards the image. The classifier sees these changes and no pixel."
     )
     if finer:
-        text += " The last frame asks the fitted network for four times the resolution: a field has no pixels of its own."
+        text += " The last frame asks the fitted network for four times the resolution: a field has no pixels."
     return section("Film strips", text, *strips)
 
 

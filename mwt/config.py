@@ -325,7 +325,8 @@ class ModelConfig:
         chosen = dict(values.get("field", {}))  # models of earlier versions have the SIREN
         if "adapted" in chosen:
             chosen["adapted"] = tuple(chosen["adapted"])
-        return cls(signal=signal, field=AdaptedFieldConfig(**chosen), **{name: block(**values[name]) for name, block in blocks.items()})
+        found = {name: block(**values[name]) for name, block in blocks.items()}
+        return cls(signal=signal, field=AdaptedFieldConfig(**chosen), **found)
 
 
 def model_config(config: ClassifyConfig, signal: SignalFacts) -> ModelConfig:

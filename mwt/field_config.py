@@ -32,7 +32,7 @@ class AdaptedFieldConfig:
     token_size: int = 16
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of the architecture: those of its block in `mwt.fields.FieldConfig`, such as field.options.levels=4 of
-    hash_grid, and field.options.bases=[[2,2,2]] of asmr_modulated. siren and modulated have none but the block `siren`."""
+    hash_grid, and field.options.omega=8 of asmr_modulated. siren and modulated have none but the block `siren`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted", tuple(self.adapted))  # YAML brings a list

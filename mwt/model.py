@@ -21,8 +21,8 @@ from mwt.inner_loop import fit
 from mwt.losses import scale_gradient
 from mwt.meta_sgd import MetaSGD
 from mwt.metrics import psnr
-from mwt.observe import grid, observe, whole
 from mwt.model_field import ModelField, field_tokens, make_field
+from mwt.observe import grid, observe, whole
 from mwt.readers import Reader, TokenReader, make_reader
 from mwt.siren import Siren
 from mwt.structs import Batch, Fit, Observations, Output

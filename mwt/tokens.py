@@ -1,4 +1,4 @@
-"""Fits to tokens: one per output neuron of each hidden layer (Gielisse and van Gemert, section 3.2), or equal pieces."""
+"""Fits to tokens: one for each neuron of the hidden layers (Gielisse and van Gemert, section 3.2), or equal pieces."""
 
 from __future__ import annotations
 

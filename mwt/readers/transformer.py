@@ -149,7 +149,9 @@ class TokenReader(_Transformer):
                 "there are tokens, which reader.name=transformer reads."
             )
         if config.input.startswith("standardise"):
-            raise InputError(f"reader.input={config.input} is of networks; use scale or raw where field.name is not siren.")
+            raise InputError(
+                f"reader.input={config.input} is for networks; use scale or raw with other fields than siren."
+            )
         options = read_options(self.Options, config.options, "reader.options of tokens")
         self.compiled = False
         self.build(config, tokens=tokens, features=features, width=options.width or width, classes=classes)
