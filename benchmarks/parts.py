@@ -53,7 +53,7 @@ def parts(side: Ours, case: Case, precision: str, device: torch.device) -> dict[
     optimizer = make_optimizer(model, config.optim)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the same work, and the other parts keep their parameters
-    field = [model.siren.out_scale, *model.siren.layers.parameters(), *model.siren.head.parameters(), *model.alpha]
+    field = [*model.siren.parameters(), *model.alpha]
 
     def fitted() -> Any:
         with autocast(device, precision):
@@ -64,7 +64,7 @@ def parts(side: Ours, case: Case, precision: str, device: torch.device) -> dict[
 
     def read() -> Tensor:
         with autocast(device, precision):
-            return model.reader(model.siren.network_weights(offsets))
+            return model.read(offsets)
 
     def fit_and_back() -> None:
         result = fitted()

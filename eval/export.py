@@ -49,6 +49,7 @@ from mwt.model import BUILTIN, MetaWeightTransformer
 from mwt.observe import observe
 from mwt.rng import derived_seed
 from mwt.runtime import StopRequested, keep_freed_memory, run_program
+from mwt.siren import Siren
 from mwt.structs import Batch
 
 AUGMENTATIONS = ("crop", "crop_flip", "affine_flip", "coords", "points")
@@ -153,7 +154,7 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
     return Description(
         name=info.name,
         signal=info.facts,
-        layout=run.model.siren.layout,
+        layout=networks_of(run).layout,
         values=arguments.values,
         dtype=arguments.dtype,
         has_base=True,
@@ -169,6 +170,20 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
         augment=changes if arguments.copies else {"kind": "none"},
         config=asdict(run.config) | {name: model[name] for name in ("siren", "inner_loop", "reader", "loss")},
     )  # fmt: skip
+
+
+def networks_of(run: TrainedRun) -> Siren:
+    """The SIREN of a run.
+
+    Raises:
+        InputError: it fits another field.
+    """
+    if not isinstance(run.model.siren, Siren):
+        raise InputError(
+            f"{run.path} fits field.name={run.model.config.field.name}; sets of weights, in all their formats, hold "
+            "the layers of SIRENs: export a run with field.name=siren."
+        )
+    return run.model.siren
 
 
 def model_digest(model: MetaWeightTransformer) -> str:
@@ -237,7 +252,7 @@ def write_shards(
                         seen = augment(batch, kind, seed=seed, epoch=copy, padding=changes["padding"])
                     offsets, losses = fit_signals(run.model, seen, run.config.run.precision, copy)
                     with torch.no_grad():
-                        weights = run.model.siren.network_weights(offsets, description.values)
+                        weights = networks_of(run).network_weights(offsets, description.values)
                         quality = networks_psnr(description.layout, writer.stored(weights), seen)
                     shard.add(
                         weights, labels=batch.labels, index=batch.positions, psnr=quality, losses=losses, copy=copy,
@@ -333,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     native = arguments.native or out.with_name(f"{out.name}-native") if foreign else out
     if foreign:
         check_format(arguments.format, out, len(info.classes))  # before hours of fitting, not after
-    siren = run.model.siren
+    siren = networks_of(run)
     with torch.no_grad():
         base = siren.network_weights(siren.init_offsets(1), "phi")
     writer = WeightSetWriter(

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipes.read import open_configured
-from mwt.errors import InputError
+from mwt.errors import InputError, NotDefinedError
 from mwt.inspection import TrainedRun, check_data_fits, open_trained, render, select, trajectory
 from mwt.plots import film_strip, frame_zoom, png_bytes, sheet, to_pixels
 from mwt.runtime import keep_freed_memory, run_program
@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     data, signal = run.config.data, run.model.config.signal
     if signal.kind != "image":
         raise InputError(f"Pictures are for images; the model of {run.path} fits {signal.kind}, which have no pixels.")
+    if run.model.config.field.on_samples and arguments.scale != 1:
+        raise NotDefinedError(
+            f"The field of {run.path} (field.name={run.model.config.field.name}) is defined on the pixels alone, not "
+            "between them: add --scale 1."
+        )
     split = open_configured(data, arguments.split or data.test_split, run.device)
     check_data_fits(run.model, split.facts, data.path)
     count = min(arguments.count, len(split))

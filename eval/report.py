@@ -164,20 +164,23 @@ def film_strips(m: Material) -> str:
     offsets, quality = inspection.trajectory(m.run.model, batch, m.run.config.run.precision)
     assert batch.images is not None  # trajectory refuses anything else
     height, width = batch.images.shape[-2:]
+    finer = not m.run.model.config.field.on_samples
     strips = []
     for i, image in enumerate(batch.images.cpu()):
         stages = plots.to_pixels(inspection.render(m.run.model, offsets[:, i], height, width))
-        large = plots.to_pixels(inspection.render(m.run.model, offsets[-1, i : i + 1], 4 * height, 4 * width))[0]
         names = ["base", *(f"step {step}" for step in range(1, len(stages)))]
         frames = [frame(image, "original", m.classes[int(batch.labels[i])])]
         frames += [frame(s, name, f"{q:.1f} dB") for s, name, q in zip(stages, names, quality[i].tolist(), strict=True)]
-        frames.append(frame(large, "4 x finer", f"{4 * width} x {4 * height}"))
+        if finer:
+            large = plots.to_pixels(inspection.render(m.run.model, offsets[-1, i : i + 1], 4 * height, 4 * width))[0]
+            frames.append(frame(large, "4 x finer", f"{4 * width} x {4 * height}"))
         strips.append(f'<div class="strip">{"".join(frames)}</div>')
     text = (
         "A SIREN is a small network that maps a coordinate to a colour. The base is what all images start from; each "
-        "inner step changes its weights a little towards the image. The classifier sees these changes and no pixel. "
-        "The last frame asks the fitted network for four times the resolution: a field has no pixels of its own."
+        "inner step changes its weights a little towards the image. The classifier sees these changes and no pixel."
     )
+    if finer:
+        text += " The last frame asks the fitted network for four times the resolution: a field has no pixels."
     return section("Film strips", text, *strips)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mwt.errors import InputError
+from mwt.errors import InputError, NotDefinedError
+from mwt.field_config import AdaptedFieldConfig
 from mwt.structs import SignalFacts
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,8 @@ class InnerLoopConfig:
     alpha_min: float = 0.1
     alpha_max: float = 1.0
     """Learned rates start uniform between alpha_min and alpha_max."""
+    learn_alpha: bool = True
+    """false: the rates stay as they start; with alpha_min equal to alpha_max, plain gradient descent."""
     fraction: float = 1.0
     """s, the share of points that each step sees: max(1, floor(s * N)) fresh ones per signal, without replacement."""
     points: int | None = None
@@ -70,7 +73,8 @@ class InnerLoopConfig:
     eval_fraction: float | None = None
     """s when evaluating and predicting; null: as in training, as the paper does. More points make a better fit."""
     engine: str = "analytic"
-    """How it is computed, one of `mwt.engines.list_engines()`; all give the same."""
+    """How it is computed, one of `mwt.engines.list_engines()`; all give the same. analytic is written for the paper's
+    SIREN: a model of another field (field.name) has func in its place."""
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
     """The inner optimizer; other than the paper's gradient descent only with `engine: higher`."""
     first_order: bool = False
@@ -284,6 +288,14 @@ class ClassifyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    field: AdaptedFieldConfig = field(default_factory=AdaptedFieldConfig)  # last: it takes the name of `field()`
+
+    def __post_init__(self) -> None:
+        if self.field.on_samples and self.data.augment == "coords":
+            raise NotDefinedError(
+                f"data.augment=coords moves the pixels, and field.name={self.field.name} is defined on the regular "
+                "grid alone: choose data.augment=none, or one that changes the images (crop)."
+            )
 
 
 DEBUG = (
@@ -303,17 +315,27 @@ class ModelConfig:
     reader: ReaderConfig
     loss: LossConfig
     signal: SignalFacts
+    field: AdaptedFieldConfig = AdaptedFieldConfig()  # noqa: RUF009  # frozen
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """The inverse of `dataclasses.asdict`, for what JSON brings."""
         blocks = {"siren": SirenConfig, "inner_loop": InnerLoopConfig, "reader": ReaderConfig, "loss": LossConfig}
         signal = SignalFacts(**{**values["signal"], "classes": tuple(values["signal"]["classes"])})
-        return cls(signal=signal, **{name: block(**values[name]) for name, block in blocks.items()})
+        chosen = dict(values.get("field", {}))  # models of earlier versions have the SIREN
+        if "adapted" in chosen:
+            chosen["adapted"] = tuple(chosen["adapted"])
+        found = {name: block(**values[name]) for name, block in blocks.items()}
+        return cls(signal=signal, field=AdaptedFieldConfig(**chosen), **found)
 
 
 def model_config(config: ClassifyConfig, signal: SignalFacts) -> ModelConfig:
     """The part of a run's configuration that makes the model, with the facts of its data."""
     return ModelConfig(
-        siren=config.siren, inner_loop=config.inner_loop, reader=config.reader, loss=config.loss, signal=signal
+        siren=config.siren,
+        inner_loop=config.inner_loop,
+        reader=config.reader,
+        loss=config.loss,
+        signal=signal,
+        field=config.field,
     )

@@ -163,7 +163,7 @@ def evaluate(
 
 
 def _no_rows(model: MetaWeightTransformer, steps: int) -> tuple[Tensor, ...]:
-    device = model.siren.out_scale.device
+    device = model.device
     integer, number = (torch.zeros(0, dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
     classes = len(model.config.signal.classes)
     return (

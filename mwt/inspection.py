@@ -24,7 +24,6 @@ from mwt.config import ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.evaluation import POINTS_AT_ONCE, Evaluation, autocast, evaluate
-from mwt.inner_loop import fit
 from mwt.metrics import confusion_matrix, psnr
 from mwt.model import MetaWeightTransformer
 from mwt.observe import grid, observe, pixels
@@ -275,7 +274,7 @@ def trajectory(
         seen = observe(batch, model.config.inner_loop.for_evaluation(), seed=0, purpose="evaluate")
         stages = [model.siren.init_offsets(len(batch))]
         for step in range(1, model.config.inner_loop.steps + 1):
-            stages.append(fit(model.siren, model.alpha, seen, steps=step).offsets.float())
+            stages.append(model.fit(seen, step).offsets.float())
     height, width = batch.images.shape[-2:]
     values = pixels(batch.images)
     quality = [psnr(render(model, stage, height, width).flatten(2).mT, values) for stage in stages]
@@ -302,7 +301,7 @@ def collect_offsets(
     for batch in first_samples(batches, min(count, max(2, OFFSET_NUMBERS // model.siren.adapted_size))):
         with autocast(batch.labels.device, precision):
             seen = observe(batch, model.config.inner_loop.for_evaluation(), seed=0, purpose="evaluate")
-            offsets = fit(model.siren, model.alpha, seen, steps=model.config.inner_loop.steps).offsets
+            offsets = model.fit(seen).offsets
         rows.append((offsets.float().cpu(), batch.labels.cpu(), batch.positions.cpu()))
     offsets, labels, positions = (torch.cat(column) for column in zip(*rows, strict=True))
     return offsets, labels, positions
@@ -333,4 +332,4 @@ def interpolate(
     """Offsets on the straight line between two signals' offsets, both included, and what the reader says of each."""
     share = torch.linspace(0, 1, frames, device=ends.device, dtype=ends.dtype)[:, None]
     offsets = ends[0] * (1 - share) + ends[1] * share
-    return offsets, model.reader(model.siren.network_weights(offsets)).float().softmax(-1)
+    return offsets, model.read(offsets).float().softmax(-1)

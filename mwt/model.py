@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from mwt.config import ModelConfig
+from mwt.config import InnerLoopConfig, ModelConfig
 from mwt.errors import InputError
 from mwt.inner_loop import fit
 from mwt.losses import scale_gradient
 from mwt.meta_sgd import MetaSGD
 from mwt.metrics import psnr
+from mwt.model_field import ModelField, field_tokens, make_field
 from mwt.observe import grid, observe, whole
-from mwt.readers import make_reader
+from mwt.readers import Reader, TokenReader, make_reader
 from mwt.siren import Siren
 from mwt.structs import Batch, Fit, Observations, Output
 
@@ -87,11 +88,17 @@ class MetaWeightTransformer(
         if isinstance(config, dict):
             config = ModelConfig.from_dict(config)
         self.config = config
-        signal = config.signal
-        self.siren = Siren(config.siren, coordinate_dims=signal.coordinate_dims, channels=signal.channels)
-        self.alpha = MetaSGD(config.inner_loop, self.siren.adapted_size)
+        field, classes = make_field(config), len(config.signal.classes)
+        self.siren: ModelField = field  # any field; what is on disk calls it so
+        self.alpha = MetaSGD(config.inner_loop, field.adapted_size)
         self.stage = "joint"  # set by `mwt.stages.begin_stage`
-        self.reader = make_reader(config.reader, layout=self.siren.layout, classes=len(signal.classes))
+        self.reader: Reader | TokenReader
+        if isinstance(field, Siren):
+            self.reader = make_reader(config.reader, layout=field.layout, classes=classes)
+        else:
+            count, features = field_tokens(field, config.field, field.init_offsets(1)).shape[1:]
+            width = config.siren.hidden
+            self.reader = TokenReader(config.reader, tokens=count, features=features, width=width, classes=classes)
 
     def forward(self, observations: Observations, steps: int | None = None) -> Output:
         """`fit_and_read`; what a training step calls, through wrappers for compilation and several processes.
@@ -112,7 +119,14 @@ class MetaWeightTransformer(
         """
         fitted = self.fit(observations, steps)
         offsets = scale_gradient(fitted.offsets, self.config.loss.classification_weight)
-        return Output(fit=fitted, logits=self.reader(self.siren.network_weights(offsets)))
+        return Output(fit=fitted, logits=self.read(offsets))
+
+    def read(self, offsets: Float[Tensor, "B W"]) -> Float[Tensor, "B K"]:
+        """Class logits of fitted fields."""
+        field = self.siren
+        if isinstance(field, Siren):
+            return self.reader(field.network_weights(offsets))
+        return self.reader(field_tokens(field, self.config.field, offsets))
 
     def fit(self, observations: Observations, steps: int | None = None) -> Fit:
         """Fit the SIREN to a batch; without a graph in the stage `classifier`, where no gradient goes into the fit.
@@ -132,7 +146,19 @@ class MetaWeightTransformer(
             )
         steps = self.config.inner_loop.steps if steps is None else steps
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "classifier"):
-            return fit(self.siren, self.alpha, observations, steps=steps, options=self.config.inner_loop)
+            return fit(self.siren, self.alpha, observations, steps=steps, options=self.fit_options)
+
+    @property
+    def fit_options(self) -> InnerLoopConfig:
+        """The inner loop's settings, with an engine that can fit this field."""
+        inner = self.config.inner_loop
+        generic = inner.engine == "analytic" and not isinstance(self.siren, Siren)
+        return replace(inner, engine="func") if generic else inner
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.siren.parameters()).device
 
     @torch.no_grad()
     def predict(self, images: UInt8[Tensor, "B C h w"] | UInt8[Tensor, "C h w"]) -> list[Prediction]:
@@ -145,7 +171,7 @@ class MetaWeightTransformer(
         Raises:
             InputError: other channels than the model's.
         """
-        device = self.siren.out_scale.device
+        device = self.device
         if images.ndim == 3:
             images = images[None]
         nought = torch.zeros(len(images), dtype=torch.int64, device=device)  # no image's result depends on its place
@@ -172,7 +198,8 @@ class MetaWeightTransformer(
         Parts instead of the whole, because every inner step and every block is the same code: it compiles in a
         fraction of the time and loses no speed. Evaluation, whose batches vary in size, stays as it is.
         """
-        self.siren.compiled = True
+        if isinstance(self.siren, Siren):
+            self.siren.compiled = True
         self.reader.compiled = True
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -180,7 +207,9 @@ class MetaWeightTransformer(
         signal, inner = self.config.signal, self.config.inner_loop
         size = f"{signal.height} x {signal.width}, " if signal.height else ""
         counts = {name: sum(p.numel() for p in params) for name, params in self.parameter_groups().items()}
+        name = self.config.field.name
         rows = {
+            **({} if name == "siren" else {"field": f"{name}, {self.siren.adapted_size} adapted numbers"}),
             "signals": f"{signal.kind}, {size}{signal.channels} channel(s)",
             "classes": f"{len(signal.classes)}: {', '.join(signal.classes[:20])}{', …' * (len(signal.classes) > 20)}",
             "SIREN": f"{self.config.siren.hidden} wide, {self.config.siren.hidden_layers} hidden layers, "

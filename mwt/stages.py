@@ -33,13 +33,15 @@ def begin_stage(model: MetaWeightTransformer, stage: str) -> None:
     model.stage = stage
     for name, parameters in model.parameter_groups().items():
         for parameter in parameters:
-            parameter.requires_grad_(name in LEARNS[stage])
+            fixed = name == "alpha" and not model.config.inner_loop.learn_alpha
+            parameter.requires_grad_(name in LEARNS[stage] and not fixed)
 
 
 def _fits(config: ModelConfig) -> dict[str, Any]:
     """What two models must have in common for one to take the SIREN and the learned rates of the other."""
     siren, inner, signal = config.siren, config.inner_loop, config.signal
     return {
+        **{f"field.{name}": getattr(config.field, name) for name in ("name", "latent", "adapted", "options")},
         "siren.hidden": siren.hidden,
         "siren.hidden_layers": siren.hidden_layers,
         "siren.omega": siren.omega,

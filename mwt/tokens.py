@@ -1,10 +1,11 @@
-"""Weights to tokens (Gielisse and van Gemert, section 3.2): one token per output neuron of each hidden layer."""
+"""Fits to tokens: one for each neuron of the hidden layers (Gielisse and van Gemert, section 3.2), or equal pieces."""
 
 from __future__ import annotations
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from mwt.weight_space import Weights
 
@@ -16,3 +17,8 @@ def tokens(weights: Weights) -> Float[Tensor, "B T F"]:
         for weight, bias in zip(weights.weights[1:-1], weights.biases[1:-1], strict=True)
     ]
     return torch.cat(hidden, dim=1)
+
+
+def chunks(vectors: Float[Tensor, "B W"], size: int) -> Float[Tensor, "B T F"]:
+    """Vectors in pieces of `size` numbers, in order; the last one is filled up with zeros."""
+    return F.pad(vectors, (0, -vectors.shape[1] % size)).unflatten(1, (-1, size))

@@ -72,7 +72,7 @@ class TrainingState:
             average=None if config.optim.ema is None else ModelEmaV3(model, decay=config.optim.ema),
             optimizer=optimizer,
             schedule=make_schedule(optimizer, config.optim, total_steps=total_steps),
-            meter=Meter(model.siren.out_scale.device, scaled_loss=config.run.precision == "fp16"),
+            meter=Meter(model.device, scaled_loss=config.run.precision == "fp16"),
             scaler=scaler,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,

@@ -187,8 +187,9 @@ def describe(run: OuterLoop, split: Split, need: MemoryEstimate | None, *, compi
     world = run.accelerator.num_processes
     if left := split.dropped(config.data.batch_size // world, world):
         print(f"          {left} of them, others each time, fill no batch and are left out of an epoch")
+    field = "SIREN" if config.field.name == "siren" else config.field.name
     print(
-        f"model     {config.variant}: {counts['siren'] + counts['alpha']:,} parameters in SIREN and alpha, "
+        f"model     {config.variant}: {counts['siren'] + counts['alpha']:,} parameters in {field} and alpha, "
         f"{counts['reader']:,} in the reader"
     )
     print(

@@ -17,7 +17,7 @@ from mwt.readers.ng_t import NgTReader
 from mwt.readers.pixel_cnn import PixelCNN
 from mwt.readers.saved import load_reader
 from mwt.readers.scalegmn import ScaleGmnBReader, ScaleGmnReader
-from mwt.readers.transformer import TransformerReader
+from mwt.readers.transformer import TokenReader, TransformerReader
 from mwt.weight_space import Layout
 
 READERS: dict[str, type[Reader]] = {
@@ -63,4 +63,13 @@ def make_reader(config: ReaderConfig, *, layout: Layout, classes: int) -> Reader
         ) from error
 
 
-__all__ = ["READERS", "Reader", "Standardise", "TransformerReader", "list_readers", "load_reader", "make_reader"]
+__all__ = [
+    "READERS",
+    "Reader",
+    "Standardise",
+    "TokenReader",
+    "TransformerReader",
+    "list_readers",
+    "load_reader",
+    "make_reader",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mwt.config import ReaderConfig
+from mwt.config_files import read_options
 from mwt.errors import InputError
 from mwt.readers.interface import Reader
 from mwt.tokens import tokens
@@ -29,30 +31,29 @@ def _compiled_block() -> Callable[[nn.Module, Tensor], Tensor]:
     return torch.compile(_run_block, dynamic=False)
 
 
-class TransformerReader(Reader):
-    """Pre-norm Transformer over neuron tokens, mean over tokens, linear logits; no class token, no final norm.
+class _Transformer(nn.Module):
+    """Pre-norm Transformer over tokens, mean over tokens, linear logits; no class token, no final norm.
 
     Tokens are shifted by a learned base beta and scaled by lambda (equation 7), or, with `token_scale` 0, normalised
-    over tokens and features together. It reads the hidden layers, which must be equally wide.
+    over tokens and features together.
     """
 
-    def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
-        super().__init__(config, layout=layout, classes=classes)
-        width = layout.hidden[0]
-        if len(layout.hidden) < 2 or set(layout.hidden) != {width}:
-            raise InputError(
-                f"reader.name=transformer reads hidden layers of one width; these networks are {layout}. It takes two "
-                "sine layers or more, all equally wide."
-            )
+    compiled: bool
+
+    def build(self, config: ReaderConfig, *, tokens: int, features: int, width: int, classes: int) -> None:
+        """Make the parts, for T tokens of F features; for an `__init__`.
+
+        Raises:
+            InputError: a width that the heads do not divide.
+        """
         if width % config.head_dim:
             raise InputError(
                 f"siren.hidden is {width}, which is not a multiple of the attention's head dimension "
                 f"(reader.head_dim, {config.head_dim}); choose a multiple of it."
             )
-        features = width + 1
         self.token_scale = config.token_scale if config.input == "scale" else 1.0
         self.checkpoint = config.checkpoint
-        self.base = nn.Parameter(torch.zeros(1, sum(layout.hidden[1:]), features))
+        self.base = nn.Parameter(torch.zeros(1, tokens, features))
         self.embed = nn.Linear(features, width)
         self.blocks = nn.ModuleList(
             Block(
@@ -86,12 +87,6 @@ class TransformerReader(Reader):
         half = torch.is_autocast_enabled(device.type) or self.embed.weight.dtype.itemsize <= 2
         self.use_fused_attention(not (half and device.type == "cpu"))
 
-    def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
-        """Class logits of a batch of networks, or of their offsets."""
-        if self.standardise is not None:
-            weights = self.standardise(weights)
-        return self.read_tokens(tokens(weights))
-
     def read_tokens(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
         """Class logits of a batch of tokenised networks."""
         x = tokens + self.base
@@ -109,3 +104,58 @@ class TransformerReader(Reader):
                 else run(block, x)
             )
         return self.logits(x.mean(dim=1))
+
+
+class TransformerReader(Reader, _Transformer):
+    """A Transformer over neuron tokens. It reads the hidden layers, which must be equally wide."""
+
+    def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
+        super().__init__(config, layout=layout, classes=classes)
+        width = layout.hidden[0]
+        if len(layout.hidden) < 2 or set(layout.hidden) != {width}:
+            raise InputError(
+                f"reader.name=transformer reads hidden layers of one width; these networks are {layout}. It takes two "
+                "sine layers or more, all equally wide."
+            )
+        self.build(config, tokens=sum(layout.hidden[1:]), features=width + 1, width=width, classes=classes)
+
+    def forward(self, weights: Weights) -> Float[Tensor, "B K"]:
+        """Class logits of a batch of networks, or of their offsets."""
+        if self.standardise is not None:
+            weights = self.standardise(weights)
+        return self.read_tokens(tokens(weights))
+
+
+class TokenReader(_Transformer):
+    """The same Transformer over tokens [B, T, F] of fields that are no plain network (`mwt.model_field`)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What `reader.options` may hold."""
+
+        width: int | None = None
+        """Of the Transformer; null: siren.hidden."""
+
+    def __init__(self, config: ReaderConfig, *, tokens: int, features: int, width: int, classes: int) -> None:
+        """For T tokens of F features, `width` wide if the configuration says nothing else.
+
+        Raises:
+            InputError: another reader is asked for, or what it does not have.
+        """
+        super().__init__()
+        if config.name not in ("transformer", "wt"):
+            raise InputError(
+                f"reader.name={config.name} reads the weights of networks; of a field other than field.name=siren "
+                "there are tokens, which reader.name=transformer reads."
+            )
+        if config.input.startswith("standardise"):
+            raise InputError(
+                f"reader.input={config.input} is for networks; use scale or raw with other fields than siren."
+            )
+        options = read_options(self.Options, config.options, "reader.options of tokens")
+        self.compiled = False
+        self.build(config, tokens=tokens, features=features, width=options.width or width, classes=classes)
+
+    def forward(self, tokens: Float[Tensor, "B T F"]) -> Float[Tensor, "B K"]:
+        """Class logits of the tokens of a batch."""
+        return self.read_tokens(tokens)
