@@ -29,6 +29,7 @@ from mwt.model import MetaWeightTransformer
 from mwt.model_field import make_field
 from mwt.observe import grid
 from mwt.readers import TokenReader
+from mwt.stages import begin_stage
 from mwt.structs import Batch, Observations, SignalFacts
 from mwt.tokens import chunks
 from train import classify as train
@@ -214,6 +215,14 @@ def test_a_model_reads_the_latent_or_the_modulations() -> None:
         assert MetaWeightTransformer(json.loads(json.dumps(asdict(model.config)))).config == model.config
 
 
+def test_rates_may_stay_as_they_begin() -> None:
+    for learn in (True, False):
+        model = MetaWeightTransformer(load("field.name=modulated", f"inner_loop.learn_alpha={learn}"))
+        begin_stage(model, "joint")
+        assert all(p.requires_grad == learn for p in model.alpha)
+        assert all(p.requires_grad for part in (model.siren, model.reader) for p in part.parameters())
+
+
 def test_a_step_has_a_known_size() -> None:
     labels = torch.zeros(1, dtype=torch.int64)
     example = Batch(images=torch.zeros(1, 2, *SIZE, dtype=torch.uint8), labels=labels, positions=labels)
@@ -271,7 +280,10 @@ def tensors(run: Path) -> dict[str, Tensor]:
     return load_file(run / "checkpoints" / folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = pytest.param("modulations", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["modulated", "asmr", "hash grid", SLOW])
 def test_train_and_look_at_it(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert run_debug(run, *KINDS[kind]) == 0
@@ -297,6 +309,7 @@ def test_train_and_look_at_it(kind: str, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_fields_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     longer = ("field.name=modulated", "optim.epochs=2")

@@ -79,7 +79,7 @@ def test_config_json_and_the_model_card_say_what_it_is(tmp_path: Path) -> None:
     assert stored["siren"] == {"hidden": 64, "hidden_layers": 1, "omega": 12.5, "out_scale": 0.1}
     assert stored["inner_loop"]["points"] == 7
     assert stored["signal"]["classes"] == ["cat", "dog", "owl"]
-    assert set(stored) == {"siren", "inner_loop", "reader", "loss", "signal"}
+    assert set(stored) == {"siren", "inner_loop", "reader", "loss", "signal", "field"}
     card = (tmp_path / "README.md").read_text()
     library = "library_name: meta-weight-transformer"
     for text in ("license: mit", library, "cat, dog, owl", "6 x 5", "omega 12.5", "2 steps"):
