@@ -26,6 +26,7 @@ from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.fields import list_activations
+from mwt.fit_config import FitConfig
 from mwt.grids.config import RowsConfig, load_grid
 from mwt.grids.plan import Cell, expand, published
 from mwt.grids.table import look_up
@@ -583,6 +584,7 @@ def test_values_and_numbers_as_they_stand_in_files() -> None:
     assert published(None, "here") is None
     content = {"a": [{"b": 1}, {"b": 2.5}], "c": "text", "d": True}
     assert look_up(content, "a.1.b") == look_up(content, "a.-1.b") == 2.5
+    assert look_up({"a": float("nan")}, "a") is None
     assert [look_up(content, path) for path in ("a.2.b", "a.b", "c", "e", "a.0")] == [None] * 5
 
 
@@ -710,6 +712,18 @@ def test_the_benchmark_has_78_models_and_two_baselines_on_nine_tasks() -> None:
     known = {name for block in (*load_grid(GRIDS / "inr_bench_mini.yaml").rows, *blocks)
              for name in block.product.get("activation", [])}  # fmt: skip
     assert known == set(list_activations())  # those of the benchmark and the further ones are all there are
+
+
+def test_the_tiny_benchmark_is_tiny() -> None:
+    path = GRIDS / "inr_bench_paper.yaml"
+    grid = load_grid(path)
+    cells = expand(replace(grid, rows=diagonals(grid.rows), base="itself"), path, "tiny")
+    for cell in cells:
+        words = [word for word in cell.jobs[0]["fit"].words if "=" in word]
+        config = load_config(FitConfig, None, words)
+        assert (config.optim.steps, config.field.kan.width) == (3, 4), cell.name
+        assert config.field.mlp.width <= 16, cell.name
+        assert config.optim.points is None or config.optim.points <= 64, cell.name
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.stem not in SIZES], ids=lambda path: path.stem)
