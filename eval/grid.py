@@ -45,7 +45,7 @@ from mwt.grids.table import (
     records,
     settled,
 )
-from mwt.runtime import StopRequested, environment, run_program, write_json
+from mwt.runtime import StopRequested, environment, run_program, write_json, write_text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -170,8 +170,8 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     if outcomes := summary(rows):
         remarks.insert(0, outcomes)
     table = records(grid, rows)
-    (out / "table.md").write_text(as_markdown(grid, rows, heading=heading, remarks=remarks))
-    (out / "table.csv").write_text(as_csv(table))
+    write_text(out / "table.md", as_markdown(grid, rows, heading=heading, remarks=remarks))
+    write_text(out / "table.csv", as_csv(table))
     write_json(out / "table.json", table)
     return as_text(grid, rows)
 

@@ -77,7 +77,7 @@ table.words td:nth-child(2), table.words th:nth-child(2) { text-align: left; }
 .tall { max-height: 460px; overflow: auto; } td.none { color: var(--soft); }
 .heat td { border: 0; padding: 2px 8px; } .heat th { padding: 3px 8px; vertical-align: bottom; }
 .heat th:first-child, .heat td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
-.heat td[style] { background: color-mix(in srgb, var(--accent) calc(var(--v) * 0.85%), transparent); }
+.heat td[style] { background: color-mix(in srgb, var(--accent) calc(var(--v) * 0.5%), transparent); }
 .heat tr.g td { border-top: 1px solid var(--line); }
 .shots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 8px 0 18px; }
 .shots.wide { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
