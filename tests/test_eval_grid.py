@@ -440,6 +440,27 @@ def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
     assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
 
 
+def test_a_grid_whose_forking_process_is_killed_goes_on(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "pause=0.2", "steps=4", "seeds=0")
+    (record,) = job_records(toys).values()
+    stat = Path(f"/proc/{record['pid']}/stat").read_text()
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)  # its parent
+    assert "Traceback" not in process.communicate(timeout=60)[0]
+    assert process.returncode == 1  # for the job that was killed with it
+    records = job_records(toys)
+    assert records["Rate: 0.1, seed 0: make"]["status"] == "out of memory"
+    assert records["Rate: 0.3, seed 0: make"]["status"] == "done"
+    assert run(toys, "pause=0", "steps=4", "seeds=0") == 0
+
+
+def test_a_module_that_cannot_be_imported_is_told_of(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change(toys, "    resume: [--resume]", "    resume: [--resume]\n    preload: [no_such_module]")
+    with pytest.raises(InputError, match="import no_such_module and fork toy has ended"):
+        run(toys)
+    assert "No module named 'no_such_module'" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_interrupted_forked_programs_stop_and_leave_nobody(toys: Path) -> None:
     preloaded(toys)

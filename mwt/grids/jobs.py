@@ -107,9 +107,10 @@ class Runner:
         threads = {name: str(max(1, cores // self.slots)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = threads | dict(os.environ)
         if job.preload and sys.platform == "linux":
-            if job.preload not in self._servers:
-                self._servers[job.preload] = ForkServer(job.preload, environment, pass_fds=(self.lock,))
-            return self._servers[job.preload].start(job.program, words, log=path)
+            server = self._servers.get(job.preload)
+            if server is None or server.ended:  # killed, by a system whose memory ran out, say
+                server = self._servers[job.preload] = ForkServer(job.preload, environment, pass_fds=(self.lock,))
+            return server.start(job.program, words, log=path)
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
