@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     heading, status = f"{grid.title} (scale {scale})", 0
     command = shlex.join(["python", "-m", "eval.grid", *(argv if argv is not None else sys.argv[1:])])
-    if not arguments.tables:
+    if arguments.tables:
+        write_cells(grid, cells, out, scale)
+    else:
         with own_folder(out) as lock:
             shutil.copyfile(arguments.config, out / "grid.yaml")
             write_cells(grid, cells, out, scale)

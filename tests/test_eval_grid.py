@@ -277,6 +277,10 @@ def test_a_dry_run_starts_nothing_and_tables_alone_neither(toys: Path, capsys: p
     assert run(toys, "--tables") == 0
     assert not list((toys.parent / "out" / "jobs").iterdir())
     assert table(toys)["Rate", "0.1"]["open"] == "0 1"
+    assert run(toys, "--tables", "--scale", "large") == 0
+    assert table(toys)["Rate", "0.1"]["open"] == "0 1 2"
+    cells = json.loads((toys.parent / "out" / "cells.json").read_text())  # of the same rows and seeds as the table
+    assert (cells["scale"], [list(row["jobs"]) for row in cells["rows"]]) == ("large", [["0", "1", "2"]] * 3)
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------------

@@ -123,6 +123,9 @@ def test_a_stated_order_is_counted(out: Path) -> None:
     assert [score for _, _, score in claim.rows] == [9.5, 5.5, None, 7.5]
     assert claim.neighbours == (1, 1)  # C > A holds; those of B have no number
     assert claim.pairs == (2, 3)  # C > A and C > D hold, A > D does not
+    board = load_board(out)
+    others = {"title": "Another", "task": "sound", "models": {"C": "Net: gamma", "X": "Net: of another grid"}}
+    assert replace(board, claimed=(*board.claimed, others)).claims() == [claim]
     text = (out / "leaderboard.md").read_text()
     assert "Here: C (9.50) > D (7.50) > A (5.50)." in text
     assert "1 of 1 neighbouring pairs and 2 of 3 pairs have the stated order; 1 models have no number." in text

@@ -159,7 +159,7 @@ class Board:
         return float(spearmanr(known[:, 0], known[:, 1]).statistic)
 
     def claims(self) -> list[Claim]:
-        """The orders that the grid names, of tasks that are here."""
+        """The orders that the grid names, of which at least two models are here."""
         return [
             Claim(
                 title=claim["title"],
@@ -167,7 +167,7 @@ class Board:
                 rows=tuple((name, model, self.score(model, claim["task"])) for name, model in claim["models"].items()),
             )
             for claim in self.claimed
-            if claim["task"] in self.tasks
+            if sum((model, claim["task"]) in self.by_place for model in claim["models"].values()) > 1
         ]
 
     def metric_name(self, task: str) -> str:
