@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -145,14 +146,14 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     jobs = out / "jobs"
     rows = collect(grid, cells, jobs)
     known = {job.id: job for cell in cells for chain in cell.jobs.values() for job in chain.values()}
-    done = [job for job in known.values() if finished(jobs, job)]
-    spent = sum(read_record(jobs, job)["seconds"] for job in done)
+    done = [read_record(jobs, job) for job in known.values() if finished(jobs, job)]
+    spent = sum(record["seconds"] for record in done)
     machine = json.loads((out / "env.json").read_text()) if (out / "env.json").is_file() else {}
     remarks = [f"`{command}`: {len(done)} of {len(known)} jobs done, {duration(spent)} of their time."]
     if machine:
-        changed = ", modified" if machine["modified"] else ""
+        commits = dict.fromkeys(record["commit"] for record in done if record.get("commit"))  # of all of the runs
         remarks.append(
-            f"Commit {machine['commit']}{changed}; {', '.join(machine['gpus']) or machine['cpu']}; "
+            f"Commit {' and '.join(commits) or commit_of(machine)}; {', '.join(machine['gpus']) or machine['cpu']}; "
             f"torch {machine['versions']['torch']}."
         )
     for plot in grid.plots:
@@ -174,6 +175,11 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     write_text(out / "table.csv", as_csv(table))
     write_json(out / "table.json", table)
     return as_text(grid, rows)
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """The commit of an environment, and whether files were changed since."""
+    return f"{machine['commit']}{', modified' if machine['modified'] else ''}"
 
 
 def summary(rows: list[Row]) -> str:
@@ -258,9 +264,10 @@ def main(argv: list[str] | None = None) -> int:
         with own_folder(out) as lock:
             shutil.copyfile(arguments.config, out / "grid.yaml")
             write_cells(grid, cells, out, scale)
+            machine = environment()
             if to_do:
-                write_json(out / "env.json", environment())
-            runner = Runner(folder=folder, slots=arguments.jobs, lock=lock, waiting=to_do)
+                write_json(out / "env.json", machine)
+            runner = Runner(folder=folder, slots=arguments.jobs, lock=lock, waiting=to_do, commit=commit_of(machine))
             print(f"{len(chosen)} rows, {len(order)} jobs: {len(order) - len(to_do)} done before, {len(to_do)} to do")
             durations: dict[str, list[float]] = {}
             for job in order.values():

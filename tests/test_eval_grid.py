@@ -167,6 +167,13 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
     assert "| Rate | 0.1 | 1.50 | 1.50 ± 0.71 | – | 0.75 ± 0.35 | 2.0 |" in text
     assert "| Rate | 0.3 | 3.50 ± 0.20 | 3.50 ± 0.71 | 2.00 | 1.75 ± 0.35 | 2.0 |" in text
     assert "8 of 8 jobs done" in text
+    commits = {record["commit"] for record in records.values()}
+    assert f"Commit {commits.pop()};" in text
+    assert not commits
+    another = jobs / f"{records['Rate: 0.1, seed 1: make']['id']}.json"  # a job that was done before by another version
+    another.write_text(another.read_text().replace('"commit": "', '"commit": "0123 and '))
+    assert run(toys, "--tables") == 0
+    assert " and 0123 and " in (toys.parent / "out" / "table.md").read_text()
     assert json.loads((toys.parent / "out" / "table.json").read_text())[0]["score_mean"] == pytest.approx(1.5)
     with Image.open(toys.parent / "out" / "tradeoff.png") as image:
         assert image.size[0] > image.size[1] > 300  # two panels

@@ -62,6 +62,8 @@ class Runner:
     lock: int
     """A file that the children hold open too: as long as one of them lives, no other runner may use the folder."""
     waiting: list[Job]
+    commit: str = ""
+    """Of the programs; goes into the records."""
     children: list[Child] = field(default_factory=list)
     undone: list[Job] = field(default_factory=list)
     """Those that have ended and are not done."""
@@ -94,6 +96,7 @@ class Runner:
             "label": job.label,
             "command": command,
             "pid": process.pid,
+            "commit": self.commit,
             "attempts": record.get("attempts", 0) + 1,
             "seconds": record.get("seconds", 0.0) if words[-len(job.resume) :] == list(job.resume) else 0.0,
         }
