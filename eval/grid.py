@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -45,7 +46,7 @@ from mwt.grids.table import (
     records,
     settled,
 )
-from mwt.runtime import StopRequested, environment, run_program, write_json
+from mwt.runtime import StopRequested, environment, run_program, write_json, write_text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -145,14 +146,14 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     jobs = out / "jobs"
     rows = collect(grid, cells, jobs)
     known = {job.id: job for cell in cells for chain in cell.jobs.values() for job in chain.values()}
-    done = [job for job in known.values() if finished(jobs, job)]
-    spent = sum(read_record(jobs, job)["seconds"] for job in done)
+    done = [read_record(jobs, job) for job in known.values() if finished(jobs, job)]
+    spent = sum(record["seconds"] for record in done)
     machine = json.loads((out / "env.json").read_text()) if (out / "env.json").is_file() else {}
     remarks = [f"`{command}`: {len(done)} of {len(known)} jobs done, {duration(spent)} of their time."]
     if machine:
-        changed = ", modified" if machine["modified"] else ""
+        commits = dict.fromkeys(record["commit"] for record in done if record.get("commit"))  # of all of the runs
         remarks.append(
-            f"Commit {machine['commit']}{changed}; {', '.join(machine['gpus']) or machine['cpu']}; "
+            f"Commit {' and '.join(commits) or commit_of(machine)}; {', '.join(machine['gpus']) or machine['cpu']}; "
             f"torch {machine['versions']['torch']}."
         )
     for plot in grid.plots:
@@ -170,10 +171,15 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     if outcomes := summary(rows):
         remarks.insert(0, outcomes)
     table = records(grid, rows)
-    (out / "table.md").write_text(as_markdown(grid, rows, heading=heading, remarks=remarks))
-    (out / "table.csv").write_text(as_csv(table))
+    write_text(out / "table.md", as_markdown(grid, rows, heading=heading, remarks=remarks))
+    write_text(out / "table.csv", as_csv(table))
     write_json(out / "table.json", table)
     return as_text(grid, rows)
+
+
+def commit_of(machine: dict[str, Any]) -> str:
+    """The commit of an environment, and whether files were changed since."""
+    return f"{machine['commit']}{', modified' if machine['modified'] else ''}"
 
 
 def summary(rows: list[Row]) -> str:
@@ -252,13 +258,16 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     heading, status = f"{grid.title} (scale {scale})", 0
     command = shlex.join(["python", "-m", "eval.grid", *(argv if argv is not None else sys.argv[1:])])
-    if not arguments.tables:
+    if arguments.tables:
+        write_cells(grid, cells, out, scale)
+    else:
         with own_folder(out) as lock:
             shutil.copyfile(arguments.config, out / "grid.yaml")
             write_cells(grid, cells, out, scale)
+            machine = environment()
             if to_do:
-                write_json(out / "env.json", environment())
-            runner = Runner(folder=folder, slots=arguments.jobs, lock=lock, waiting=to_do)
+                write_json(out / "env.json", machine)
+            runner = Runner(folder=folder, slots=arguments.jobs, lock=lock, waiting=to_do, commit=commit_of(machine))
             print(f"{len(chosen)} rows, {len(order)} jobs: {len(order) - len(to_do)} done before, {len(to_do)} to do")
             durations: dict[str, list[float]] = {}
             for job in order.values():

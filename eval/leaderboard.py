@@ -21,6 +21,7 @@ from PIL import Image
 
 from mwt.errors import InputError
 from mwt.grids.leaderboard import (
+    MEAN_RANK,
     Board,
     Entry,
     as_markdown,
@@ -76,7 +77,7 @@ table.words td:nth-child(2), table.words th:nth-child(2) { text-align: left; }
 .tall { max-height: 460px; overflow: auto; } td.none { color: var(--soft); }
 .heat td { border: 0; padding: 2px 8px; } .heat th { padding: 3px 8px; vertical-align: bottom; }
 .heat th:first-child, .heat td:first-child { position: sticky; left: 0; background: var(--card); z-index: 1; }
-.heat td[style] { background: color-mix(in srgb, var(--accent) calc(var(--v) * 0.85%), transparent); }
+.heat td[style] { background: color-mix(in srgb, var(--accent) calc(var(--v) * 0.5%), transparent); }
 .heat tr.g td { border-top: 1px solid var(--line); }
 .shots { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 8px 0 18px; }
 .shots.wide { grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
@@ -94,21 +95,13 @@ svg { width: 100%; height: auto; color: var(--ink); } svg text { font: 11px syst
 
 def task_table(board: Board, task: str, beside: Board | None) -> str:
     """The leaderboard of a task; a click on a column's head sorts by it."""
-    head, *_ = task_lines(board, task)
-    if beside:
-        head = [*head, f"{head[2]}, {beside.scale}"]
+    head, *lines = task_lines(board, task, beside)
     rows = []
-    for entry in board.ranked(task):
-        rank = board.ranks.get((entry.model, task))
-        cells = [cell("" if rank is None else str(rank), rank), cell(entry.model)]
-        for name, column in board.columns.items():
-            value = entry.mean(name)
-            words = shown(value, entry.deviation(name) if column["average"] else None, column["decimals"])
-            missing = name == board.metric and value is None
-            cells.append(cell(entry.outcome if missing else words, value, number=True))
-        if beside:
-            other = beside.score(entry.model, task)
-            cells.append(cell(shown(other, decimals=board.columns[board.metric]["decimals"]), other, number=True))
+    for entry, (rank, model, *words) in zip(board.ranked(task), lines, strict=True):
+        values = [entry.mean(name) for name in board.columns]
+        values += [beside.score(entry.model, task)] if beside else []
+        cells = [cell(rank, board.ranks.get((entry.model, task))), cell(model)]
+        cells += [cell(word, value, number=True) for word, value in zip(words, values, strict=True)]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     titles = "".join(f"<th>{escape(title)}</th>" for title in head)
     return (
@@ -131,14 +124,12 @@ def heat_map(board: Board) -> str:
     head, *lines = overview_lines(board)
     titles = [head[0], head[1], *(f"{task.replace('_', ' ')}, {board.metric_name(task)}" for task in board.tasks)]
     rows = []
-    for model in (line[0] for line in lines):
-        cells = [cell(model), cell(shown(board.mean_rank(model), decimals=1), board.mean_rank(model), number=True)]
-        for task in board.tasks:
-            entry, score = board.by_place.get((model, task)), board.score(model, task)
+    for model, mean_rank, *words in lines:
+        cells = [cell(model), cell(mean_rank, board.mean_rank(model), number=True)]
+        for task, word in zip(board.tasks, words, strict=True):
             rank = board.ranks.get((model, task))
             share = None if rank is None else 1 - (rank - 1) / max(1, counts[task] - 1)
-            words = shown(score) if entry is None or score is not None else entry.outcome
-            cells.append(cell(words, score, number=True, share=share))
+            cells.append(cell(word, board.score(model, task), number=True, share=share))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     top = "".join(f"<th>{escape(title)}</th>" for title in titles)
     return (
@@ -208,8 +199,10 @@ def reconstructions(board: Board, task: str) -> str:
                 figures.append(f"<figure>{inline(truth)[0]}<figcaption>truth</figcaption></figure>")
         image, wide = inline(path)
         any_wide |= wide
-        rank, score = board.ranks[entry.model, task], shown(entry.mean(board.metric))
-        figures.append(f"<figure>{image}<figcaption>{rank}. {escape(entry.model)}<br>{score}</figcaption></figure>")
+        score = shown(entry.mean(board.metric))
+        figures.append(
+            f"<figure>{image}<figcaption>{board.place(entry)}. {escape(entry.model)}<br>{score}</figcaption></figure>"
+        )
     if not figures:
         return ""
     kind = "shots wide" if any_wide else "shots"
@@ -281,7 +274,8 @@ def page(board: Board, beside: Board | None) -> str:
     ]
     parts.append(section(
         "Models and tasks", "The metric of every model on every task, sorted by mean rank; the deeper the colour, the "
-        "better the rank within the task. A click on a column's head sorts by it.", heat_map(board)))  # fmt: skip
+        f"better the rank within the task. {MEAN_RANK} A click on a column's head sorts by it.",
+        heat_map(board)))  # fmt: skip
     parts.append(section(
         "Rank correlation between tasks", "Spearman's, over the models that have a number in both: 1, where both rank "
         "alike; 0, where the rank in one says nothing of the rank in the other.", correlations(board)))  # fmt: skip
@@ -317,12 +311,14 @@ def main(argv: list[str] | None = None) -> int:
     if beside and not set(beside.by_place) & set(board.by_place):
         raise InputError(f"{arguments.beside} and {arguments.grid} have no model and task in common.")
     out = arguments.grid
-    write_text(out / "leaderboard.csv", as_csv(as_records(board)))
-    write_text(out / "leaderboard.md", as_markdown(board))
+    write_text(out / "leaderboard.csv", as_csv(as_records(board, beside)))
+    write_text(out / "leaderboard.md", as_markdown(board, beside))
     write_text(out / "leaderboard.html", page(board, beside))
     for task in board.tasks:
         best = board.ranked(task)[0]
-        print(f"{task:<18} {board.metric_name(task):<10} {shown(best.mean(board.metric)):>8}  {best.model}")
+        score = best.mean(board.metric)
+        model = "nothing yet" if score is None else best.model
+        print(f"{task:<18} {board.metric_name(task):<10} {shown(score):>8}  {model}")
     for claim in board.claims():
         print("\n" + "\n".join(claim_lines(claim)))
     size = (out / "leaderboard.html").stat().st_size / 2**20

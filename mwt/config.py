@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from mwt.errors import InputError, NotDefinedError
+from mwt.config_checks import require
+from mwt.errors import NotDefinedError
 from mwt.field_config import AdaptedFieldConfig
 from mwt.structs import SignalFacts
 
@@ -30,11 +31,6 @@ def list_variants() -> list[str]:
     return list(VARIANTS)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SirenConfig:
     """The field: `hidden_layers` hidden layers after the input layer, all sine, then a linear head."""
@@ -49,8 +45,8 @@ class SirenConfig:
     """Initial scale of the output, learned per channel."""
 
     def __post_init__(self) -> None:
-        _require(self.hidden >= 1, f"siren.hidden is {self.hidden}; it must be at least 1.")
-        _require(self.hidden_layers >= 1, f"siren.hidden_layers is {self.hidden_layers}; it must be at least 1.")
+        require(self.hidden >= 1, f"siren.hidden is {self.hidden}; it must be at least 1.")
+        require(self.hidden_layers >= 1, f"siren.hidden_layers is {self.hidden_layers}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +79,11 @@ class InnerLoopConfig:
     """Compute each inner step again in the backward pass instead of keeping it: less memory, the same result."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")
-        _require(self.alpha_min <= self.alpha_max, "inner_loop.alpha_min is larger than inner_loop.alpha_max.")
-        _require(0 < self.fraction <= 1, f"inner_loop.fraction is {self.fraction}; it must lie in (0, 1].")
-        _require(self.points is None or self.points >= 1, "inner_loop.points must be at least 1, or null.")
-        _require(
+        require(self.steps >= 1, f"inner_loop.steps is {self.steps}; it must be at least 1.")
+        require(self.alpha_min <= self.alpha_max, "inner_loop.alpha_min is larger than inner_loop.alpha_max.")
+        require(0 < self.fraction <= 1, f"inner_loop.fraction is {self.fraction}; it must lie in (0, 1].")
+        require(self.points is None or self.points >= 1, "inner_loop.points must be at least 1, or null.")
+        require(
             self.eval_fraction is None or 0 < self.eval_fraction <= 1, "inner_loop.eval_fraction must lie in (0, 1]."
         )
 
@@ -119,13 +115,13 @@ class ReaderConfig:
     """Compute each block again in the backward pass instead of keeping it: less memory, the same result."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.token_scale >= 0, f"reader.token_scale is {self.token_scale}; it must be 0 (layer norm) or positive."
         )
         for name in ("blocks", "head_dim"):
-            _require(getattr(self, name) >= 1, f"reader.{name} is {getattr(self, name)}; it must be at least 1.")
+            require(getattr(self, name) >= 1, f"reader.{name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("mlp_ratio", "layer_scale"):
-            _require(getattr(self, name) > 0, f"reader.{name} is {getattr(self, name)}; it must be positive.")
+            require(getattr(self, name) > 0, f"reader.{name} is {getattr(self, name)}; it must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +133,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weight = self.classification_weight
-        _require(weight >= 0, f"loss.classification_weight is {weight}; it must be 0 (WT) or positive.")
+        require(weight >= 0, f"loss.classification_weight is {weight}; it must be 0 (WT) or positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +174,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schemes", tuple(self.schemes))  # YAML brings a list
-        _require(0 <= self.max_bad <= 1, f"data.max_bad is {self.max_bad}; it must lie in [0, 1].")
-        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
-        _require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
+        require(0 <= self.max_bad <= 1, f"data.max_bad is {self.max_bad}; it must lie in [0, 1].")
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
         for name in ("crop_padding", "resident_mb", "workers"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it cannot be negative.")
+            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it cannot be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +208,14 @@ class OptimConfig:
     evaluated, saved as the model and predicted with; the weights being trained are saved beside it."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
+        require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
         for name in ("lr_siren", "lr_alpha", "lr_reader", "muon_factor"):
-            _require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; it must be positive.")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
-        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
-        _require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
-        _require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; it must be at least 1.")
-        _require(self.ema is None or 0 < self.ema < 1, f"optim.ema is {self.ema}; it must lie in (0, 1), or be null.")
+            require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; it must be positive.")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
+        require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
+        require(self.accumulate >= 1, f"optim.accumulate is {self.accumulate}; it must be at least 1.")
+        require(self.ema is None or 0 < self.ema < 1, f"optim.ema is {self.ema}; it must lie in (0, 1), or be null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,19 +256,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "trackers", tuple(self.trackers))  # YAML brings a list
         unknown = set(self.trackers) - set(TRACKERS)
-        _require(not unknown, f"run.trackers: {', '.join(unknown)} not known; there are {', '.join(TRACKERS)}.")
-        _require(
+        require(not unknown, f"run.trackers: {', '.join(unknown)} not known; there are {', '.join(TRACKERS)}.")
+        require(
             self.stage != "classifier" or self.init_from is not None,
             "run.stage=classifier trains a reader on the fits of a SIREN that is there: name its run directory with "
             "run.init_from (run.stage=reconstruction makes one).",
         )
-        _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
-        _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
-        _require(
-            self.monitor_limit is None or self.monitor_limit >= 1, "run.monitor_limit must be at least 1, or null."
-        )
+        require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
+        require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
+        require(self.monitor_limit is None or self.monitor_limit >= 1, "run.monitor_limit must be at least 1, or null.")
         for name in ("log_every", "monitor_every", "eval_batch_size", "max_skipped"):
-            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
+            require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataclasses import field as made
 from typing import Any, Literal
 
-from mwt.config import _require
+from mwt.config_checks import require
 from mwt.fields.config import FieldConfig
 
 
@@ -32,15 +32,15 @@ class FitOptimConfig:
     """field.name=grid: what the total variation of its values is multiplied by and added to the loss."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
-        _require(self.lr_muon is None or self.lr_muon > 0, "optim.lr_muon must be positive, or null.")
-        _require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
-        _require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
-        _require(0 <= self.lr_min <= self.lr, f"optim.lr_min is {self.lr_min}; it must lie between 0 and optim.lr.")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
-        _require(self.total_variation >= 0, "optim.total_variation cannot be negative.")
-        _require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
-        _require(
+        require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        require(self.lr_muon is None or self.lr_muon > 0, "optim.lr_muon must be positive, or null.")
+        require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
+        require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
+        require(0 <= self.lr_min <= self.lr, f"optim.lr_min is {self.lr_min}; it must lie between 0 and optim.lr.")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        require(self.total_variation >= 0, "optim.total_variation cannot be negative.")
+        require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
+        require(
             self.name != "lbfgs" or self.points is None,
             "optim.name=lbfgs looks along a line and needs the same points in each step: leave out optim.points.",
         )
@@ -65,9 +65,9 @@ class FitRunConfig:
     """Follow the ranks of the hidden matrices at each evaluation (ranks.png; Muon's diagnostic)."""
 
     def __post_init__(self) -> None:
-        _require(self.evaluations >= 1, f"run.evaluations is {self.evaluations}; it must be at least 1.")
-        _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
-        _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
+        require(self.evaluations >= 1, f"run.evaluations is {self.evaluations}; it must be at least 1.")
+        require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
+        require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)

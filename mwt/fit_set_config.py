@@ -6,12 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mwt.config import DataConfig
-from mwt.errors import InputError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+from mwt.config_checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +35,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # YAML brings a list
         for name in ("lr", "muon_lr", "eps"):
-            _require(getattr(self, name) > 0, f"fit.{name} is {getattr(self, name)}; it must be positive.")
+            require(getattr(self, name) > 0, f"fit.{name} is {getattr(self, name)}; it must be positive.")
         for name in ("steps", "check_every"):
-            _require(getattr(self, name) >= 1, f"fit.{name} is {getattr(self, name)}; it must be at least 1.")
+            require(getattr(self, name) >= 1, f"fit.{name} is {getattr(self, name)}; it must be at least 1.")
         for value in (*self.betas, self.momentum):
-            _require(0 <= value < 1, f"fit.betas and fit.momentum must lie in [0, 1), not {value}.")
-        _require(self.points is None or self.points >= 1, "fit.points must be at least 1, or null.")
+            require(0 <= value < 1, f"fit.betas and fit.momentum must lie in [0, 1), not {value}.")
+        require(self.points is None or self.points >= 1, "fit.points must be at least 1, or null.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +60,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
-        _require(bool(self.hidden) and min(self.hidden) >= 1, f"network.hidden is {self.hidden}; it needs widths.")
-        _require(self.omega > 0, f"network.omega is {self.omega}; it must be positive.")
+        require(bool(self.hidden) and min(self.hidden) >= 1, f"network.hidden is {self.hidden}; it needs widths.")
+        require(self.omega > 0, f"network.omega is {self.omega}; it must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +87,10 @@ class FitSetRunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "splits", tuple(self.splits))
-        _require(self.copies >= 0, f"run.copies is {self.copies}; it cannot be negative.")
+        require(self.copies >= 0, f"run.copies is {self.copies}; it cannot be negative.")
         for name in ("threads", "slots", "shard_networks"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, f"run.{name} is {value}; it must be at least 1.")
+            require(value is None or value >= 1, f"run.{name} is {value}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mwt.config import ReaderConfig
-from mwt.errors import InputError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+from mwt.config_checks import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +32,10 @@ class WeightsDataConfig:
     """For readers of images: the data set that the networks were fitted to; null: the one that the set names."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
-        _require(0 <= self.holdout < 1, f"data.holdout is {self.holdout}; it must lie in [0, 1).")
-        _require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
-        _require(self.copies is None or self.copies >= 0, "data.copies cannot be negative; null uses all.")
+        require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1.")
+        require(0 <= self.holdout < 1, f"data.holdout is {self.holdout}; it must lie in [0, 1).")
+        require(self.limit is None or self.limit >= 1, "data.limit must be at least 1, or null.")
+        require(self.copies is None or self.copies >= 0, "data.copies cannot be negative; null uses all.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +59,15 @@ class WeightsOptimConfig:
     """Coordinates at which fields are compared in a step: all pixels where there are no more, else random ones."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
-        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
-        _require(self.pretrain_lr is None or self.pretrain_lr > 0, "optim.pretrain_lr must be positive, or null.")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
-        _require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
-        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
-        _require(0 <= self.label_smoothing < 1, "optim.label_smoothing must lie in [0, 1).")
-        _require(self.pretrain_epochs >= 0, "optim.pretrain_epochs cannot be negative.")
-        _require(self.pretrain_points >= 1, "optim.pretrain_points must be at least 1.")
+        require(self.epochs >= 1, f"optim.epochs is {self.epochs}; it must be at least 1.")
+        require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        require(self.pretrain_lr is None or self.pretrain_lr > 0, "optim.pretrain_lr must be positive, or null.")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
+        require(0 <= self.warmup < 1, f"optim.warmup is {self.warmup}; it must lie in [0, 1).")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be positive, or null.")
+        require(0 <= self.label_smoothing < 1, "optim.label_smoothing must lie in [0, 1).")
+        require(self.pretrain_epochs >= 0, "optim.pretrain_epochs cannot be negative.")
+        require(self.pretrain_points >= 1, "optim.pretrain_points must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +93,8 @@ class WeightsAugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("translation", "rotation", "scaling", "noise"):
-            _require(getattr(self, name) >= 0, f"augment.{name} is {getattr(self, name)}; it cannot be negative.")
-        _require(0 <= self.dropout < 1, f"augment.dropout is {self.dropout}; it must lie in [0, 1).")
+            require(getattr(self, name) >= 0, f"augment.{name} is {getattr(self, name)}; it cannot be negative.")
+        require(0 <= self.dropout < 1, f"augment.dropout is {self.dropout}; it must lie in [0, 1).")
 
     @property
     def any(self) -> bool:
@@ -126,10 +121,10 @@ class WeightsRunConfig:
     eval_batch_size: int = 256
 
     def __post_init__(self) -> None:
-        _require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
-        _require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
+        require(self.threads is None or self.threads >= 1, "run.threads must be at least 1, or null.")
+        require(self.checkpoint_minutes > 0, "run.checkpoint_minutes must be positive.")
         for name in ("log_every", "monitor_every", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
+            require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +138,7 @@ class WeightsConfig:
     run: WeightsRunConfig = field(default_factory=WeightsRunConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.data.val_split is None or self.data.holdout == 0,
             "data.val_split and data.holdout both name networks to choose `best` on; set one of them.",
         )

@@ -26,6 +26,7 @@ from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.fields import list_activations
+from mwt.fit_config import FitConfig
 from mwt.grids.config import RowsConfig, load_grid
 from mwt.grids.plan import Cell, expand, published
 from mwt.grids.table import look_up
@@ -166,6 +167,13 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
     assert "| Rate | 0.1 | 1.50 | 1.50 ± 0.71 | – | 0.75 ± 0.35 | 2.0 |" in text
     assert "| Rate | 0.3 | 3.50 ± 0.20 | 3.50 ± 0.71 | 2.00 | 1.75 ± 0.35 | 2.0 |" in text
     assert "8 of 8 jobs done" in text
+    commits = {record["commit"] for record in records.values()}
+    assert f"Commit {commits.pop()};" in text
+    assert not commits
+    another = jobs / f"{records['Rate: 0.1, seed 1: make']['id']}.json"  # a job that was done before by another version
+    another.write_text(another.read_text().replace('"commit": "', '"commit": "0123 and '))
+    assert run(toys, "--tables") == 0
+    assert " and 0123 and " in (toys.parent / "out" / "table.md").read_text()
     assert json.loads((toys.parent / "out" / "table.json").read_text())[0]["score_mean"] == pytest.approx(1.5)
     with Image.open(toys.parent / "out" / "tradeoff.png") as image:
         assert image.size[0] > image.size[1] > 300  # two panels
@@ -276,6 +284,10 @@ def test_a_dry_run_starts_nothing_and_tables_alone_neither(toys: Path, capsys: p
     assert run(toys, "--tables") == 0
     assert not list((toys.parent / "out" / "jobs").iterdir())
     assert table(toys)["Rate", "0.1"]["open"] == "0 1"
+    assert run(toys, "--tables", "--scale", "large") == 0
+    assert table(toys)["Rate", "0.1"]["open"] == "0 1 2"
+    cells = json.loads((toys.parent / "out" / "cells.json").read_text())  # of the same rows and seeds as the table
+    assert (cells["scale"], [list(row["jobs"]) for row in cells["rows"]]) == ("large", [["0", "1", "2"]] * 3)
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------------
@@ -439,6 +451,27 @@ def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
     assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
 
 
+def test_a_grid_whose_forking_process_is_killed_goes_on(toys: Path) -> None:
+    preloaded(toys)
+    process = started(toys, "pause=0.2", "steps=4", "seeds=0")
+    (record,) = job_records(toys).values()
+    stat = Path(f"/proc/{record['pid']}/stat").read_text()
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)  # its parent
+    assert "Traceback" not in process.communicate(timeout=60)[0]
+    assert process.returncode == 1  # for the job that was killed with it
+    records = job_records(toys)
+    assert records["Rate: 0.1, seed 0: make"]["status"] == "out of memory"
+    assert records["Rate: 0.3, seed 0: make"]["status"] == "done"
+    assert run(toys, "pause=0", "steps=4", "seeds=0") == 0
+
+
+def test_a_module_that_cannot_be_imported_is_told_of(toys: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change(toys, "    resume: [--resume]", "    resume: [--resume]\n    preload: [no_such_module]")
+    with pytest.raises(InputError, match="import no_such_module and fork toy has ended"):
+        run(toys)
+    assert "No module named 'no_such_module'" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_interrupted_forked_programs_stop_and_leave_nobody(toys: Path) -> None:
     preloaded(toys)
@@ -583,6 +616,7 @@ def test_values_and_numbers_as_they_stand_in_files() -> None:
     assert published(None, "here") is None
     content = {"a": [{"b": 1}, {"b": 2.5}], "c": "text", "d": True}
     assert look_up(content, "a.1.b") == look_up(content, "a.-1.b") == 2.5
+    assert look_up({"a": float("nan")}, "a") is None
     assert [look_up(content, path) for path in ("a.2.b", "a.b", "c", "e", "a.0")] == [None] * 5
 
 
@@ -710,6 +744,18 @@ def test_the_benchmark_has_78_models_and_two_baselines_on_nine_tasks() -> None:
     known = {name for block in (*load_grid(GRIDS / "inr_bench_mini.yaml").rows, *blocks)
              for name in block.product.get("activation", [])}  # fmt: skip
     assert known == set(list_activations())  # those of the benchmark and the further ones are all there are
+
+
+def test_the_tiny_benchmark_is_tiny() -> None:
+    path = GRIDS / "inr_bench_paper.yaml"
+    grid = load_grid(path)
+    cells = expand(replace(grid, rows=diagonals(grid.rows), base="itself"), path, "tiny")
+    for cell in cells:
+        words = [word for word in cell.jobs[0]["fit"].words if "=" in word]
+        config = load_config(FitConfig, None, words)
+        assert (config.optim.steps, config.field.kan.width) == (3, 4), cell.name
+        assert config.field.mlp.width <= 16, cell.name
+        assert config.optim.points is None or config.optim.points <= 64, cell.name
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path.stem not in SIZES], ids=lambda path: path.stem)

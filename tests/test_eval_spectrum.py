@@ -158,7 +158,7 @@ def test_a_fit_that_is_not_finite_is_told_of(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What eval.grid leaves of three fits."""
+    """What eval.grid leaves of three fits, one that was stopped, a row that is another's equal, and a run of no row."""
     folder = tmp_path_factory.mktemp("grid")
     Image.fromarray((np.arange(144).reshape(12, 12) * 1.5).astype(np.uint8)).save(folder / "ramp.png")
     for i, name in enumerate(("sine", "relu", "tanh")):
@@ -166,7 +166,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert fit(["--debug", "field.mlp.hidden_layers=1", "run.film=false", "run.ranks=false", *words]) == 0
     (folder / "jobs" / "9").mkdir()
     shutil.copy(folder / "jobs" / "0" / "config.yaml", folder / "jobs" / "9")
-    (folder / "table.json").write_text("[]")
+    stray = [f"run.dir={folder}/jobs/stray", f"signal.path={folder}/ramp.png", "field.mlp.activation.name=elu"]
+    assert fit(["--debug", "field.mlp.hidden_layers=1", "run.film=false", "run.ranks=false", *stray]) == 0
+    rows = [{"jobs": {"0": {"fit": job}}} for job in ("0", "1", "2", "9")]
+    (folder / "cells.json").write_text(json.dumps({"rows": [*rows, rows[0]]}))
     return folder
 
 
@@ -213,7 +216,7 @@ def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
         main(["--out", str(tmp_path)])
     with pytest.raises(InputError, match="not a finished run"):
         main(["--run", str(tmp_path), "--out", str(tmp_path)])
-    with pytest.raises(InputError, match=r"table\.json"):
+    with pytest.raises(InputError, match=r"cells\.json"):
         main(["--grid", str(tmp_path), "--out", str(tmp_path)])
     with pytest.raises(InputError, match="too large"):
         main(["--models", "sine", "--out", str(tmp_path), *SMALL, "signal.size=5000"])

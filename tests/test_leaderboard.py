@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from eval import grid, leaderboard
 from mwt.errors import InputError
-from mwt.grids.leaderboard import load_board, shown
+from mwt.grids.leaderboard import Board, Entry, load_board, overview_lines, shown, task_lines
 
 # A model's score on a task and seed; beta diverges on sound.
 TOY = """
@@ -84,7 +85,7 @@ def test_ranks_means_and_what_has_no_number(out: Path) -> None:
     assert (alpha["parameters"], alpha["seeds"], alpha["group"]) == ("5000.0", "2", "Net")
     board = load_board(out)
     assert board.mean_rank("Net: alpha") == 2  # 1 and 3
-    assert board.mean_rank("Net: beta") == 2  # its only number
+    assert board.mean_rank("Net: beta") == 3  # 2, and 4 for having diverged
     assert [board.metric_name(task) for task in board.tasks] == ["PSNR, dB", "SNR, dB"]
 
 
@@ -96,11 +97,35 @@ def test_the_correlation_is_of_the_models_that_both_tasks_have(out: Path) -> Non
     assert board.correlation("sound", "picture") == board.correlation("picture", "sound")
 
 
+def test_equal_models_share_places_and_what_came_to_nothing_is_last() -> None:
+    scores: dict[str, dict[int, float]] = {"a": {0: 5.0}, "b": {0: 7.0, 1: 7.0}, "c": {0: 5.0}, "d": {0: 1.0}}
+    ends = {"b": "diverged", "e": "diverged", "f": "out of memory", "g": "not defined", "h": "open"}
+    entries = [
+        Entry(model=model, group="", task=task, numbers={"x": scores.get(model, {})}, seeds=2 if model == "b" else 1,
+              outcome=ends.get(model, "done"), runs=())
+        for task in ("one", "two") for model in "abcdefgh"
+    ]  # fmt: skip
+    entries[1] = replace(entries[1], seeds=3)
+    columns = {"x": {"title": "x", "path": "x", "decimals": 1, "average": True}}
+    board = Board(title="", scale="", notes="", columns=columns, entries=tuple(entries), claimed=())
+    numbers = np.array([5.0, 7.0, 5.0, 1.0])
+    by_hand = [1 + (numbers > own).sum() + ((numbers == own).sum() - 1) / 2 for own in numbers]
+    assert [board.ranks[model, "one"] for model in "abcd"] == by_hand == [2.5, 1, 2.5, 4]
+    assert [board.mean_rank(model) for model in "abcdefgh"] == [2.5, 1, 2.5, 4, 5.5, 5.5, None, None]
+    shown = {line[1]: (line[0], line[2]) for line in task_lines(board, "one")[1:]}
+    assert (shown["a"], shown["b"]) == (("2.5", "5.0"), ("1", "7.0 ± 0.0 (2 of 3 seeds, diverged)"))
+    assert [shown[model] for model in "efgh"] == [("", ends[model]) for model in "efgh"]
+    assert [line[0] for line in overview_lines(board)[1:]] == list("bacdefgh")
+
+
 def test_a_stated_order_is_counted(out: Path) -> None:
     (claim,) = load_board(out).claims()
     assert [score for _, _, score in claim.rows] == [9.5, 5.5, None, 7.5]
     assert claim.neighbours == (1, 1)  # C > A holds; those of B have no number
     assert claim.pairs == (2, 3)  # C > A and C > D hold, A > D does not
+    board = load_board(out)
+    others = {"title": "Another", "task": "sound", "models": {"C": "Net: gamma", "X": "Net: of another grid"}}
+    assert replace(board, claimed=(*board.claimed, others)).claims() == [claim]
     text = (out / "leaderboard.md").read_text()
     assert "Here: C (9.50) > D (7.50) > A (5.50)." in text
     assert "1 of 1 neighbouring pairs and 2 of 3 pairs have the stated order; 1 models have no number." in text
@@ -140,9 +165,15 @@ def test_a_second_grid_is_a_further_column(out: Path) -> None:
         patch.setenv("PYTHONPATH", str(folder))
         arguments = ["--config", str(folder / "toys.yaml"), "--out", str(folder / "other"), "--scale", "slow"]
         assert grid.main([*arguments, "--only", "Net: picture*alpha"]) == 0
-    html = leaderboard.page(load_board(out), load_board(folder / "other"))
+    assert leaderboard.main(["--grid", str(out), "--beside", str(folder / "other")]) == 0
+    html, text = ((out / f"leaderboard.{ending}").read_text() for ending in ("html", "md"))
     assert "<th>PSNR, dB, slow</th>" in html
     assert 'data-v="30.0">30.00</td>' in html
+    assert "| 1 | Net: alpha | 30.50 ± 0.71 | 5000 | 30.00 |" in text.replace("5,000", "5000")
+    assert "| 2 | Net: beta | 20.50 ± 0.71 | 4000 | open |" in text.replace("4,000", "4000")
+    with (out / "leaderboard.csv").open(newline="") as file:
+        beside = {(row["task"], row["model"]): row["metric_slow"] for row in csv.DictReader(file)}
+    assert (beside["picture", "Net: alpha"], beside["picture", "Net: beta"]) == ("30.0", "")
 
 
 def test_what_is_no_grid_is_refused(out: Path, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def test_shapes_fill_what_they_should() -> None:
     one = math.pi * 4**2 / 1200
     assert 0.1 <= float(balls.mean()) < 0.1 + one + 0.02
     assert set(balls.unique().tolist()) == {0.0, 1.0}
+    with pytest.raises(InputError, match=r"at least 0\.0125"):
+        spheres((40, 30), 1e-6, seed=2)
     shown = star(201)
     angle = np.linspace(0, 2 * np.pi, 4000, endpoint=False) + 1e-4
     y, x = (100.5 + 80 * np.sin(angle)).astype(int), (100.5 + 80 * np.cos(angle)).astype(int)

@@ -61,8 +61,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mwt.config_checks import require
 from mwt.fields.config import ActivationConfig, choose
-from mwt.fields.config_checks import require
 from mwt.fields.layers import Initializer
 
 SETTINGS = ("omega", "scale", "a", "b", "beta")

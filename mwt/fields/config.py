@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from mwt.config_checks import require
 from mwt.errors import InputError
 from mwt.fields.config_asmr import ASMRConfig
-from mwt.fields.config_checks import require
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mwt.fields.config_checks import require
+from mwt.config_checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mwt.config_checks import require
 from mwt.errors import InputError
-from mwt.fields.config_checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

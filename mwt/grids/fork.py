@@ -28,6 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mwt.errors import InputError
+
 PAUSE = 0.02
 """Seconds between looks for processes that have ended."""
 
@@ -61,6 +63,7 @@ class ForkServer:
         Args:
             pass_fds: files that forked processes hold open too.
         """
+        self._modules = tuple(modules)
         self._processes: dict[int, Forked] = {}
         self._said = b""
         self._started: list[Forked] = []
@@ -73,11 +76,16 @@ class ForkServer:
             pass_fds=tuple(pass_fds),
         )
 
+    @property
+    def ended(self) -> bool:
+        """Whether it can fork no more."""
+        return self._server.poll() is not None
+
     def start(self, program: str, words: Sequence[str], *, log: Path) -> Forked:
         """Fork a process that runs `python -m PROGRAM WORDS`.
 
         Raises:
-            RuntimeError: the server has ended; what it said of it stands on stderr.
+            InputError: the server has ended, as it does where a module cannot be imported; stderr has its error.
         """
         assert self._server.stdin is not None
         order = {"program": program, "words": list(words), "log": str(log), "cwd": os.getcwd()}
@@ -86,7 +94,10 @@ class ForkServer:
             self._server.stdin.flush()
         while not self._started:
             if not self.listen(1.0):
-                raise RuntimeError(f"The process that forks {program} has ended; its error stands above.")
+                raise InputError(
+                    f"The process that was to import {', '.join(self._modules)} and fork {program} has ended; its "
+                    "error stands above. Without `preload` in the grid's stage, each job imports by itself."
+                )
         return self._started.pop()
 
     def listen(self, seconds: float) -> bool:

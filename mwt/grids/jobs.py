@@ -62,6 +62,8 @@ class Runner:
     lock: int
     """A file that the children hold open too: as long as one of them lives, no other runner may use the folder."""
     waiting: list[Job]
+    commit: str = ""
+    """Of the programs; goes into the records."""
     children: list[Child] = field(default_factory=list)
     undone: list[Job] = field(default_factory=list)
     """Those that have ended and are not done."""
@@ -94,6 +96,7 @@ class Runner:
             "label": job.label,
             "command": command,
             "pid": process.pid,
+            "commit": self.commit,
             "attempts": record.get("attempts", 0) + 1,
             "seconds": record.get("seconds", 0.0) if words[-len(job.resume) :] == list(job.resume) else 0.0,
         }
@@ -107,9 +110,10 @@ class Runner:
         threads = {name: str(max(1, cores // self.slots)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = threads | dict(os.environ)
         if job.preload and sys.platform == "linux":
-            if job.preload not in self._servers:
-                self._servers[job.preload] = ForkServer(job.preload, environment, pass_fds=(self.lock,))
-            return self._servers[job.preload].start(job.program, words, log=path)
+            server = self._servers.get(job.preload)
+            if server is None or server.ended:  # killed, by a system whose memory ran out, say
+                server = self._servers[job.preload] = ForkServer(job.preload, environment, pass_fds=(self.lock,))
+            return server.start(job.program, words, log=path)
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from mwt.errors import InputError
+from mwt.grids.table import OUTCOMES
 
 METRICS = {"snr": "SNR, dB", "psnr": "PSNR, dB", "iou": "IoU"}
 """What the task's own metric is called; larger is better in all."""
+LOST = tuple(outcome for outcome in OUTCOMES if outcome != "not defined")
+"""Outcomes without a number that count as worse than any number; what is not defined cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,10 @@ class Entry:
     """By column of the grid and seed."""
     outcome: str
     """done, open, or what became of it instead."""
+    seeds: int
+    """How many it is to have."""
     runs: tuple[Path, ...]
-    """Run directories of its seeds that are there."""
+    """Run directories of its seeds that have a result."""
 
     def mean(self, column: str) -> float | None:
         """Over seeds; None without any."""
@@ -109,18 +114,38 @@ class Board:
         return sorted(own, key=lambda entry: -(score if (score := entry.mean(self.metric)) is not None else -np.inf))
 
     @cached_property
-    def ranks(self) -> dict[tuple[str, str], int]:
-        """By model and task, from 1; only where there is a number."""
-        return {
-            (entry.model, task): place
-            for task in self.tasks
-            for place, entry in enumerate(self.ranked(task), 1)
-            if entry.mean(self.metric) is not None
-        }
+    def ranks(self) -> dict[tuple[str, str], float]:
+        """By model and task, from 1, only where there is a number; equal ones share the mean of their places."""
+        from scipy.stats import rankdata
+
+        found: dict[tuple[str, str], float] = {}
+        for task in self.tasks:
+            scores = {
+                entry.model: score for entry in self.ranked(task) if (score := entry.mean(self.metric)) is not None
+            }
+            places = rankdata([-score for score in scores.values()])
+            found |= {(model, task): float(place) for model, place in zip(scores, places, strict=True)}
+        return found
+
+    def place(self, entry: Entry) -> str:
+        """Its rank in words, 3 or 3.5; empty without one."""
+        rank = self.ranks.get((entry.model, entry.task))
+        return "" if rank is None else f"{rank:g}"
+
+    @cached_property
+    def lost(self) -> dict[tuple[str, str], float]:
+        """The same of those that have come to nothing (LOST): on each task they share the places after the last."""
+        found: dict[tuple[str, str], float] = {}
+        for task in self.tasks:
+            own = [entry for entry in self.ranked(task) if entry.mean(self.metric) is None and entry.outcome in LOST]
+            last = sum(place[1] == task for place in self.ranks)
+            found |= {(entry.model, task): last + (len(own) + 1) / 2 for entry in own}
+        return found
 
     def mean_rank(self, model: str) -> float | None:
-        """Over the tasks that it has a number in; None without any."""
-        found = [rank for task in self.tasks if (rank := self.ranks.get((model, task))) is not None]
+        """Over the tasks that it has a number in, or has come to nothing in; None without any."""
+        places = self.lost | self.ranks
+        found = [places[model, task] for task in self.tasks if (model, task) in places]
         return statistics.fmean(found) if found else None
 
     def correlation(self, first: str, second: str) -> float | None:
@@ -134,7 +159,7 @@ class Board:
         return float(spearmanr(known[:, 0], known[:, 1]).statistic)
 
     def claims(self) -> list[Claim]:
-        """The orders that the grid names, of tasks that are here."""
+        """The orders that the grid names, of which at least two models are here."""
         return [
             Claim(
                 title=claim["title"],
@@ -142,7 +167,7 @@ class Board:
                 rows=tuple((name, model, self.score(model, claim["task"])) for name, model in claim["models"].items()),
             )
             for claim in self.claimed
-            if claim["task"] in self.tasks
+            if sum((model, claim["task"]) in self.by_place for model in claim["models"].values()) > 1
         ]
 
     def metric_name(self, task: str) -> str:
@@ -196,8 +221,8 @@ def load_board(out: Path, *, axis: str = "task", stage: str = "fit") -> Board:
         entries.append(
             Entry(
                 model=": ".join(filter(None, [row["group"], " · ".join(others)])), group=row["group"],
-                task=row["axes"][axis], numbers=own, outcome=record["outcome"],
-                runs=tuple(run for run in runs if run.is_dir()),
+                task=row["axes"][axis], numbers=own, outcome=record["outcome"], seeds=len(row["jobs"]),
+                runs=tuple(run for run in runs if (run / "result.json").is_file()),
             )
         )  # fmt: skip
     if not entries:
@@ -227,17 +252,32 @@ def shown(value: float | None, deviation: float | None = None, decimals: int = 2
     return f"{value:,.{decimals}f}" + ("" if deviation is None else f" ± {deviation:.{decimals}f}")
 
 
-def task_lines(board: Board, task: str) -> list[list[str]]:
-    """The leaderboard of a task as words, its head first."""
-    lines = [["", "model", board.metric_name(task), *(c["title"] for c in list(board.columns.values())[1:])]]
+def told(entry: Entry | None, metric: str, decimals: int = 2, *, deviation: bool = False) -> str:
+    """The metric in words, with how many seeds it is of where some have none, or what became of it; a dash for none."""
+    if entry is None:
+        return "–"
+    score, count = entry.mean(metric), len(entry.numbers.get(metric, {}))
+    if score is None:
+        return entry.outcome
+    words = shown(score, entry.deviation(metric) if deviation else None, decimals)
+    if count == entry.seeds:
+        return words
+    return f"{words} ({count} of {entry.seeds} seeds{', ' + entry.outcome if entry.outcome in OUTCOMES else ''})"
+
+
+def task_lines(board: Board, task: str, beside: Board | None = None) -> list[list[str]]:
+    """The leaderboard of a task as words, its head first; the metric of another board in a further column."""
+    head = ["", "model", board.metric_name(task), *(c["title"] for c in list(board.columns.values())[1:])]
+    lines = [[*head, f"{head[2]}, {beside.scale}"] if beside else head]
+    decimals = board.columns[board.metric]["decimals"]
     for entry in board.ranked(task):
-        score = entry.mean(board.metric)
-        words = [str(board.ranks.get((entry.model, task), "")), entry.model]
+        words = [board.place(entry), entry.model]
         for name, column in board.columns.items():
             deviation = entry.deviation(name) if column["average"] else None
             words.append(shown(entry.mean(name), deviation, column["decimals"]))
-        if score is None:
-            words[2] = entry.outcome
+        words[2] = told(entry, board.metric, decimals, deviation=True)
+        if beside:
+            words.append(told(beside.by_place.get((entry.model, task)), beside.metric, decimals, deviation=True))
         lines.append(words)
     return lines
 
@@ -263,6 +303,12 @@ def markdown_table(lines: Sequence[Sequence[str]], words: int = 2) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+MEAN_RANK = (
+    "Models with equal numbers share the mean of their places. What has diverged or failed, or ran out of memory or "
+    "time, shares the last places of its task; what is not defined on a task, or still open, has no rank there."
+)
+
+
 def overview_lines(board: Board) -> list[list[str]]:
     """Models by mean rank, with the metric of every task."""
     lines = [["model", "mean rank", *board.tasks]]
@@ -270,8 +316,7 @@ def overview_lines(board: Board) -> list[list[str]]:
     for model in sorted(ranks, key=lambda model: np.inf if (rank := ranks[model]) is None else rank):
         words = [model, shown(ranks[model], decimals=1)]
         for task in board.tasks:
-            entry, score = board.by_place.get((model, task)), board.score(model, task)
-            words.append("" if entry is None else entry.outcome if score is None else shown(score))
+            words.append(told(board.by_place.get((model, task)), board.metric))
         lines.append(words)
     return lines
 
@@ -284,26 +329,28 @@ def correlation_lines(board: Board) -> list[list[str]]:
     return lines
 
 
-def as_markdown(board: Board) -> str:
+def as_markdown(board: Board, beside: Board | None = None) -> str:
     """Everything but the pictures."""
     parts = [f"# {board.title} (scale {board.scale})", board.notes.strip()]
     for claim in board.claims():
         parts += ["## A stated order", "\n".join(f"- {line}" for line in claim_lines(claim))]
-    parts += ["## Models by mean rank", markdown_table(overview_lines(board))]
+    parts += ["## Models by mean rank", MEAN_RANK, markdown_table(overview_lines(board))]
     parts += ["## Rank correlation between tasks (Spearman)", markdown_table(correlation_lines(board), words=1)]
     for task in board.tasks:
-        parts += [f"## {task}", markdown_table(task_lines(board, task))]
+        parts += [f"## {task}", markdown_table(task_lines(board, task, beside))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def as_records(board: Board) -> list[dict[str, Any]]:
-    """One flat record for each model and task, by task and rank."""
+def as_records(board: Board, beside: Board | None = None) -> list[dict[str, Any]]:
+    """One flat record for each model and task, by task and rank; the metric of another board beside it."""
     rows = []
     for task in board.tasks:
         for entry in board.ranked(task):
-            row: dict[str, Any] = {"task": task, "rank": board.ranks.get((entry.model, task)), "model": entry.model}
+            row: dict[str, Any] = {"task": task, "rank": board.place(entry), "model": entry.model}
             row |= {"group": entry.group, "outcome": entry.outcome, "seeds": len(entry.numbers[board.metric])}
             for name in board.columns:
                 row |= {name: entry.mean(name), f"{name}_sd": entry.deviation(name)}
+            if beside:
+                row[f"{board.metric}_{beside.scale}"] = beside.score(entry.model, task)
             rows.append(row)
     return rows

@@ -61,8 +61,16 @@ def bandlimited_noise(size: tuple[int, ...], cutoff: float, *, seed: int) -> Flo
 
 
 def spheres(size: tuple[int, ...], radius: float, *, fraction: float = 0.1, seed: int) -> Float[Tensor, "*size"]:
-    """Balls of `radius` (share of the longest side) at random places, until `fraction` of the grid is 1, not 0."""
+    """Balls of `radius` (share of the longest side) at random places, until `fraction` of the grid is 1, not 0.
+
+    Raises:
+        InputError: balls that fit between the samples, so that hardly any would show.
+    """
     longest, random = max(size), _generator(seed, "spheres")
+    if radius * longest < 0.5:
+        raise InputError(
+            f"radius is {radius}; for {longest} samples it must be at least {0.5 / longest:.3g}, half of one."
+        )
     places = torch.stack(torch.meshgrid(*(torch.arange(count) + 0.5 for count in size), indexing="ij"))
     inside = torch.zeros(size, dtype=torch.bool)
     while inside.double().mean() < fraction:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from dataclasses import field as made
 from typing import Literal
 
+from mwt.config_checks import require
 from mwt.fields.config import FieldConfig, MLPConfig
-from mwt.fields.config_checks import require
 from mwt.fit_config import FitOptimConfig
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,9 @@ class GridModel:
 
 
 def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]:
-    """The fields that a grid of `train.fit` has fitted, and how many of its runs have no result.
+    """The field of each row that a grid of `train.fit` has fitted, and how many of its runs have no result.
+
+    Runs in its folder that belong to no row (of another scale, or of overrides that are no longer) are left out.
 
     Args:
         metric: a name in `final` of result.json; by default the first, which is the task's own.
@@ -196,26 +199,27 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
     Raises:
         InputError: not the folder of a grid, or of one without a finished fit; a metric that a run does not have.
     """
-    if not (folder / "table.json").is_file():
-        raise InputError(f"{folder} is not the folder of a grid (it has no table.json; eval.grid writes it).")
-    groups: dict[tuple[str, str], list[FitRun]] = {}
-    unfinished = 0
-    for path in sorted((folder / "jobs").glob("*/config.yaml")):
-        if not (path.parent / "result.json").is_file():
-            unfinished += 1
-            continue
-        try:
-            run = read_fit_run(path.parent)
-        except InputError:  # of another program
-            continue
-        # optimizers are compared, too: the kernel is the same, and so each is a point of its own
-        content = {"task": run.config.task, "optim": asdict(run.config.optim)}
-        content |= {"name": run.config.field.name, "block": asdict(field_block(run.config.field))}
-        groups.setdefault((run.config.task, json.dumps(content, sort_keys=True)), []).append(run)
+    try:
+        rows = json.loads((folder / "cells.json").read_text())["rows"]
+    except (OSError, ValueError, LookupError) as error:
+        raise InputError(f"{folder} is not the folder of a grid (eval.grid writes its cells.json; {error}).") from error
+    groups: dict[tuple[str, ...], list[FitRun]] = {}  # rows of equal runs are one
+    unfinished: set[str] = set()
+    for row in rows:
+        runs = []
+        for job in (job for chain in row["jobs"].values() for job in chain.values()):
+            path = folder / "jobs" / job
+            if not (path / "result.json").is_file():
+                unfinished |= {job} if (path / "config.yaml").is_file() else set()
+                continue
+            with suppress(InputError):  # of another program
+                runs.append(read_fit_run(path))
+        if runs:
+            groups[tuple(run.folder.name for run in runs)] = runs
     if not groups:
         raise InputError(f"{folder} holds no finished run of train.fit.")
     found = []
-    for (task, _), runs in groups.items():
+    for runs in groups.values():
         for run in runs:
             if metric is not None and metric not in run.result["final"]:
                 raise InputError(f"{run.folder}: there is no {metric}; there are {', '.join(run.result['final'])}.")
@@ -223,7 +227,7 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
         name = metric or next(iter(runs[0].result["final"]))
         found.append(
             GridModel(
-                task=task,
+                task=runs[0].config.task,
                 name=label(runs[0].config.field),
                 config=runs[0].config.field,
                 frame=frame,
@@ -232,4 +236,4 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
                 metrics=tuple(float(run.result["final"][name]) for run in runs),
             )
         )
-    return found, unfinished
+    return found, len(unfinished)

@@ -1,4 +1,4 @@
-"""The check that the settings of fields share."""
+"""The check that all settings share."""
 
 from __future__ import annotations
 
