@@ -1,4 +1,4 @@
-"""ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12531).
+"""ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12398).
 
 A sample's number along each axis is written with L digits d_0 ... d_(L-1) (`mwt.fields.asmr_bases`), and u_i =
 d_i / (B_i - 1) in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by
@@ -311,8 +311,10 @@ class ASMR(Field):
         return coords.split(max(1, at_once * math.prod(self.tile) // row) * row)
 
     def macs_per_point(self) -> float:
-        """As published, on the whole grid; `mwt.cost.asmr_angle_macs` counts the last sine layer as it is computed."""
-        return asmr_macs(self.bases, self.width, self.channels)
+        """As published, on the whole grid, padding included; `mwt.cost.asmr_angle_macs` counts the last sine layer as
+        it is computed."""
+        padding = math.prod(self.padded) / math.prod(self.size)
+        return asmr_macs(self.bases, self.width, self.channels) * padding
 
     @property
     def detail(self) -> str:
