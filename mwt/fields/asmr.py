@@ -37,7 +37,7 @@ from mwt.fields.config import per_axis
 from mwt.fields.config_asmr import ASMRConfig
 from mwt.fields.field import Field, MuonParameter, hidden_matrices
 from mwt.fields.frame import Frame
-from mwt.fields.layers import Initializer, Linear, Spread, affine, weight_spread
+from mwt.fields.layers import Initializer, Linear, Spread, add_product, affine, weight_spread
 
 DENSE = 8
 """Samples are computed by tiles where they are one in so many of those tiles' samples, or more: a sine takes the time
@@ -184,7 +184,7 @@ class ASMR(Field):
 
         repeated = bias[..., None, :].expand(*bias.shape[:-1], places, -1).flatten(-2)
         values = affine(phase.sin(), weighted(modulation.cos()), repeated)
-        return _add_product(values, phase.cos(), weighted(modulation.sin()))
+        return add_product(values, phase.cos(), weighted(modulation.sin()))
 
     # ---- the three ways ----------------------------------------------------------------------------------------------
 
@@ -369,12 +369,3 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     count, length = table.shape[:2]
     offset = torch.arange(count, device=index.device)[:, None] * length
     return F.embedding(index + offset, table.flatten(0, 1))
-
-
-def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """base + left @ right for [*N, T, H] and [*N, H, Q]."""
-    if left.ndim == right.ndim == 2:
-        return torch.addmm(base, left, right)
-    if left.ndim == right.ndim == 3:
-        return torch.baddbmm(base, left, right)
-    return base + left @ right

@@ -33,7 +33,7 @@ from mwt.fields.config import choose
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.field import Field, MuonParameter
 from mwt.fields.kan_bases import BASES, Basis, Curve, Values
-from mwt.fields.layers import BatchNorm, Initializer, Spread, affine
+from mwt.fields.layers import BatchNorm, Initializer, Spread, add_product, affine
 
 
 class LayerNorm(nn.Module):
@@ -116,21 +116,13 @@ class FixedFunctions(Layer):
             terms.append((F.silu(x), self.base))
         result = affine(*terms[0], bias)
         for value, weight in terms[1:]:
-            result = _add_product(result, value, weight)
+            result = add_product(result, value, weight)
         return result
 
     def muon_parameters(self, prefix: str) -> list[MuonParameter]:
         """The coefficients as one matrix from G in values to out, and that of SiLU."""
         found: list[MuonParameter] = [(f"{prefix}.weight", self.weight, "in_out")]
         return found if self.base is None else [*found, (f"{prefix}.base", self.base, "in_out")]
-
-
-def _add_product(result: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-    if result.ndim == value.ndim == weight.ndim == 2:
-        return torch.addmm(result, value, weight)
-    if result.ndim == value.ndim == weight.ndim == 3 and len(result) == len(value) == len(weight):
-        return torch.baddbmm(result, value, weight)
-    return result + value @ weight
 
 
 def _spline_noise(
@@ -180,13 +172,9 @@ class _PairSum:
     def vjp(self, features: Tensor, gradient: Tensor, matrix: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         """Derivatives by features, matrix and weight."""
         value, slope = self.curve(features @ matrix)
-        gradient, inner = gradient.unsqueeze(-3), slope()
-        if torch.is_grad_enabled():
-            inner, value = inner * gradient * weight, value * gradient
-        else:  # one pass over memory instead of two
-            inner.mul_(gradient).mul_(weight)
-            value.mul_(gradient)
-        return inner @ matrix.mT, features.mT @ inner, value.sum(-2, keepdim=True)
+        gradient = gradient.unsqueeze(-3)
+        inner = slope() * gradient * weight
+        return inner @ matrix.mT, features.mT @ inner, (value * gradient).sum(-2, keepdim=True)
 
 
 class Wavelets(PairFunctions):
