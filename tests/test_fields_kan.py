@@ -283,6 +283,18 @@ def test_what_muon_trains(copies: int | None) -> None:
     assert build(basis="fcn", copies=copies, **SMALL).muon_parameters() == []
 
 
+@pytest.mark.parametrize("name", ["bspline", "fourier", "legendre"])
+def test_in_half_precision(name: str) -> None:
+    """Each layer of waves multiplies an error by about 5 at the beginning: these are computed in full precision."""
+    field, coords = build(basis=name), torch.rand(500, 2) * 2 - 1
+    with torch.no_grad():
+        expected = field(coords)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = field(coords)
+    assert (found.dtype == torch.float32) == (name == "fourier")
+    assert float((found - expected).std() / expected.std()) < 0.1
+
+
 def test_orders_of_derivatives() -> None:
     assert {name for name in ALL if build(basis=name, norm="layer", **SMALL).derivatives < 2} == {
         "fcn_interpolation",

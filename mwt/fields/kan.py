@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +252,7 @@ class KAN(Field):
         super().__init__(
             coordinate_dims=coordinate_dims, channels=channels, copies=draws.copies, derivatives=derivatives
         )
+        self.waves = basis.family == "fourier"
         widths = [coordinate_dims, *[config.width] * (config.hidden_layers + 1), channels]
 
         def layer(number: int) -> Layer:
@@ -271,10 +273,12 @@ class KAN(Field):
 
     def values(self, coords: Tensor) -> Tensor:
         """[*N, P, D] to [*N, P, C]."""
-        with torch.autocast(coords.device.type, enabled=False):  # k x needs more digits than bf16 has
+        full = torch.autocast(coords.device.type, enabled=False)  # k x needs more digits than bf16 has
+        with full:
             hidden = self.first(coords, coords)
-        for i, layer in enumerate([*self.hidden, self.last]):
-            hidden = layer(hidden, self.norms[i](hidden) if self.norms else hidden)
+        with full if self.waves else nullcontext():
+            for i, layer in enumerate([*self.hidden, self.last]):
+                hidden = layer(hidden, self.norms[i](hidden) if self.norms else hidden)
         return hidden
 
     def muon_parameters(self) -> list[MuonParameter]:
