@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import measure
 from benchmarks.agreement import Disagreement
+from mwt.cost import counted_macs
 from mwt.fields import ActivationConfig, ASMRConfig, FieldConfig, MLPConfig, build_field, evaluate
 from mwt.fields.asmr import ASMR
 from mwt.observe import grid
@@ -38,13 +38,6 @@ CHUNK = 8192
 """Points of the SIREN, and of plain sharing, at once: their activations stay in the caches."""
 TOLERANCE = 1e-3
 """Of the largest value: float32 has seven digits of phases of hundreds of radians."""
-
-
-def multiply_adds(action: Callable[[], object]) -> float:
-    """Those of the products that an action makes."""
-    with FlopCounterMode(display=False) as counter:
-        action()
-    return counter.get_total_flops() / 2
 
 
 class Case:
@@ -79,9 +72,11 @@ class Case:
         Raises:
             Disagreement: angle addition against every sample and unit's own sine.
         """
+        ours = self.ours()
+        chosen = torch.arange(0, len(ours), max(1, len(ours) // 4096), device=self.device)
+        ours = ours[chosen]
         with torch.no_grad():
-            theirs = torch.cat([self.asmr(part) for part in self.coords[:: max(1, len(self.coords) // 4096)].split(64)])
-        ours = self.ours()[:: max(1, len(self.coords) // 4096)]
+            theirs = self.asmr.samples(torch.stack(torch.unravel_index(chosen, self.asmr.size), -1), shared=False)
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         if not difference <= TOLERANCE:
             raise Disagreement(f"at {self.size} x {self.size} angle addition differs by {difference:.2g} of the values")
@@ -124,8 +119,8 @@ def measure_case(size: int, arguments: argparse.Namespace, device: torch.device)
     with torch.no_grad():
         seconds = measure.interleaved(actions, rounds=arguments.rounds, device=device, warm_up=1)
         points = len(case.coords)
-        siren = multiply_adds(lambda: case.siren(case.coords[:16])) / 16
-        ours, plain = multiply_adds(case.ours) / points, multiply_adds(case.plain) / points
+        siren = counted_macs(lambda: case.siren(case.coords[:16])) / 16
+        ours, plain = counted_macs(case.ours) / points, counted_macs(case.plain) / points
     bound = seconds["products"] + seconds["sines"] + seconds["passes"]
     return {
         "size": size, "bases": " ".join(map(str, case.asmr.bases[0])), "width": case.width,

@@ -6,7 +6,7 @@ or two have smaller numbers for WIRE. Biases, activations, encodings of sines, a
 multiplicative filter networks) are not counted. `counted_macs` is torch's own count of the same: it knows no
 interpolation, counts a complex product as one, and counts places that a padded batch leaves empty.
 
-ASMR (Lee et al., ICLR 2024) shares activations between the samples of a grid, so that its cost is the mean over all
+ASMR (Li et al., ICLR 2024) shares activations between the samples of a grid, so that its cost is the mean over all
 samples. `asmr_macs` is the paper's, which rounds to its tables; `asmr_angle_macs` and `asmr_sines` are of the
 evaluation by angle addition.
 """

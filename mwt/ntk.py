@@ -19,6 +19,7 @@ from torch.func import functional_call, jacrev, vjp, vmap
 from mwt.errors import InputError
 from mwt.fields.field import Field
 from mwt.fields.layers import BatchNorm
+from mwt.fields.tiled import TileLinear
 
 MEMORY = 2**28
 """Bytes that Jacobians take at once."""
@@ -46,7 +47,10 @@ def jacobian(
     field.train()
     try:
         if any(isinstance(module, BatchNorm) for module in field.modules()):
-            parts = _coupled(field, own, fixed, coords, rows)
+            parts = _together(field, own, fixed, coords, rows)
+        elif any(isinstance(module, TileLinear) for module in field.modules()):
+            # points are sorted by tile, and vmap forbids looking at them
+            parts = _together(field, own, fixed, coords[rows], slice(None))
         else:
 
             def value(parameters: dict[str, Tensor], point: Tensor) -> Tensor:
@@ -59,10 +63,10 @@ def jacobian(
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
 
 
-def _coupled(
+def _together(
     field: Field, own: dict[str, Tensor], fixed: dict[str, Tensor], coords: Tensor, rows: slice
 ) -> dict[str, Tensor]:
-    """Derivatives [p, C, ...] by each parameter where the points meet: a backward pass through all for each value."""
+    """Derivatives [p, C, ...] by each parameter, all points at once: a backward pass through all for each value."""
 
     def values(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         copies = {name: value.clone() for name, value in buffers.items()}  # the running statistics, which it writes

@@ -17,6 +17,7 @@ from mwt.fields import (
     FieldConfig,
     HashGridConfig,
     InterpolatedGridConfig,
+    KANConfig,
     MFNConfig,
     MLPConfig,
     TiledConfig,
@@ -131,6 +132,18 @@ def test_formulas_are_torchs_count(name: str, copies: int | None) -> None:
     coords = torch.cartesian_prod(*[torch.linspace(-1, 1, 8)] * 2)  # a whole grid: no tile has more points than others
     counted = cost.counted_macs(lambda: field(coords)) / 64 / (copies or 1)
     assert field.macs_per_point() == counted > 0
+
+
+@pytest.mark.parametrize(
+    ("basis", "each"),
+    [("bspline", 5 + 3 + 1), ("fourier", 2 * 8), ("rbf", 8 + 1), ("legendre", 4), ("dog", 2), ("fcn", 4)],
+)
+def test_kolmogorov_arnold_networks_count_pairs(basis: str, each: int) -> None:
+    """For a pair: its coefficients but of constants, and SiLU's; a wavelet's u and weight; fcn's three features and
+    weight. In parts or not."""
+    config = FieldConfig(name="kan", kan=KANConfig(basis=basis, width=8, hidden_layers=1))
+    field = build_field(config, coordinate_dims=2, channels=3, seed=0)
+    assert field.macs_per_point() == each * (2 * 8 + 8 * 8 + 8 * 3)
 
 
 def test_complex_products_are_four_real_ones() -> None:

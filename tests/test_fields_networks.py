@@ -338,6 +338,8 @@ def test_tasks_can_ask_for_derivatives() -> None:
         build(replace(SMALL, activation=RELU)).require_derivatives(2, "Poisson reconstruction")
     with pytest.raises(InputError, match="detach_scale=false"):
         build(replace(SMALL, activation=ActivationConfig(name="finer"))).require_derivatives(1, "Poisson")
+    with pytest.raises(InputError, match=r"mlp\.batch_norm=false"):  # a value depends on other points
+        build(replace(SMALL, batch_norm=True)).require_derivatives(1, "Poisson")
 
 
 def test_the_first_layer_keeps_full_precision_under_autocast() -> None:

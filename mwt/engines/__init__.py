@@ -4,7 +4,7 @@ All give the same values and the same outer gradients (tests hold them to 1e-9 i
 can fit and in what they cost:
 
     analytic   SIREN only. Inner gradient and its derivative written out: fastest and smallest, the default.
-    func       any field; torch.func.grad and vmap.
+    func       any field; torch.func.grad.
     higher     any field, and other inner optimizers than gradient descent; the `higher` library.
 """
 

@@ -1,7 +1,7 @@
 """The generic engine: the inner loop of any field, its gradient taken by torch.func.
 
-Each signal's loss is a function of its own offsets alone; `grad_and_value` differentiates it and `vmap` runs it for
-the whole batch. An outer backward pass goes through both, so the result is exact to second order.
+Each signal's loss is a function of its own offsets alone, so that the gradient of their sum is every signal's own;
+`grad_and_value` differentiates it. An outer backward pass goes through it, so the result is exact to second order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value
 
 from mwt.config import InnerLoopConfig
 from mwt.errors import InputError
@@ -40,14 +40,12 @@ def loss_and_gradient(
     Returns:
         loss [B]; gradient [B, W].
     """
-    shared = coords.ndim == 2
 
-    def squares(own: Tensor, places: Tensor, wanted: Tensor) -> Tensor:
-        prediction = functional_call(field, parameters, (own[None], places if shared else places[None]))
-        return (prediction[0] - wanted).square().sum()
+    def squares(offsets: Tensor) -> tuple[Tensor, Tensor]:
+        each = (functional_call(field, parameters, (offsets, coords)) - values).square().sum((-1, -2))
+        return each.sum(), each
 
-    per_signal = vmap(grad_and_value(squares), in_dims=(0, None if shared else 0, 0))
-    gradient, loss = per_signal(offsets, coords, values)
+    gradient, (_, loss) = grad_and_value(squares, has_aux=True)(offsets)
     scale = 1 / (values.shape[-2] * values.shape[-1])
     return loss * scale, gradient * scale
 

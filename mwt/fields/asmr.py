@@ -1,4 +1,4 @@
-"""ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12531).
+"""ASMR: a SIREN whose activations are shared between the samples of a grid (Li et al. 2024, arXiv 2405.12398).
 
 A sample's number along each axis is written with L digits d_0 ... d_(L-1) (`mwt.fields.asmr_bases`), and u_i =
 d_i / (B_i - 1) in [0, 1], or 0 where B_i is 1. The network has L linear layers, and all hidden ones are modulated by
@@ -37,7 +37,7 @@ from mwt.fields.config import per_axis
 from mwt.fields.config_asmr import ASMRConfig
 from mwt.fields.field import Field, MuonParameter, hidden_matrices
 from mwt.fields.frame import Frame
-from mwt.fields.layers import Initializer, Linear, Spread, affine, weight_spread
+from mwt.fields.layers import Initializer, Linear, Spread, add_product, affine, weight_spread
 
 DENSE = 8
 """Samples are computed by tiles where they are one in so many of those tiles' samples, or more: a sine takes the time
@@ -184,7 +184,7 @@ class ASMR(Field):
 
         repeated = bias[..., None, :].expand(*bias.shape[:-1], places, -1).flatten(-2)
         values = affine(phase.sin(), weighted(modulation.cos()), repeated)
-        return _add_product(values, phase.cos(), weighted(modulation.sin()))
+        return add_product(values, phase.cos(), weighted(modulation.sin()))
 
     # ---- the three ways ----------------------------------------------------------------------------------------------
 
@@ -311,8 +311,10 @@ class ASMR(Field):
         return coords.split(max(1, at_once * math.prod(self.tile) // row) * row)
 
     def macs_per_point(self) -> float:
-        """As published, on the whole grid; `mwt.cost.asmr_angle_macs` counts the last sine layer as it is computed."""
-        return asmr_macs(self.bases, self.width, self.channels)
+        """As published, on the whole grid, padding included; `mwt.cost.asmr_angle_macs` counts the last sine layer as
+        it is computed."""
+        padding = math.prod(self.padded) / math.prod(self.size)
+        return asmr_macs(self.bases, self.width, self.channels) * padding
 
     @property
     def detail(self) -> str:
@@ -367,12 +369,3 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     count, length = table.shape[:2]
     offset = torch.arange(count, device=index.device)[:, None] * length
     return F.embedding(index + offset, table.flatten(0, 1))
-
-
-def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """base + left @ right for [*N, T, H] and [*N, H, Q]."""
-    if left.ndim == right.ndim == 2:
-        return torch.addmm(base, left, right)
-    if left.ndim == right.ndim == 3:
-        return torch.baddbmm(base, left, right)
-    return base + left @ right

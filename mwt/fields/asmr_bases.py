@@ -50,8 +50,7 @@ def choose_bases(samples: int, layers: int) -> tuple[int, ...]:
     The work of a sample falls with the last base to the power of the dimensions, for the last hidden layer is computed
     once a tile; but a tile is told from its neighbours by one linear modulation only, so that a side far above the
     published ones (about the cube root of the size) shows less. Hence the last base is to be near the cube root (the
-    square root where there are two layers), and
-    the others, which cost little, near each other:
+    square root where there are two layers), and the others, which cost little, near each other:
 
         |log(B_(L-1) / N^(1/3))| + log(max / min of the others) / 4
 

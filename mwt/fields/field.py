@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mwt.cost import counted_macs
 from mwt.errors import InputError, NotDefinedError
 from mwt.fields.config import FieldConfig
-from mwt.fields.layers import Linear
+from mwt.fields.layers import BatchNorm, Linear
 
 MuonParameter = tuple[str, nn.Parameter, str]
 """Name, matrix [*N, in, out] and its layout, "in_out" or "out_in"."""
@@ -87,6 +87,8 @@ class Field(nn.Module):
             mend = "It is defined on whole samples only: choose another field."
             if self.tile is None:
                 mend = "Choose a smoother activation or interpolation (finer: activation.detach_scale=false)."
+            if any(isinstance(module, BatchNorm) for module in self.modules()):
+                mend = "Leave out batch normalisation (kan.norm=layer, or mlp.batch_norm=false)."
             raise NotDefinedError(
                 f"{task} needs derivatives of order {order} with respect to coordinates; those of this field are right "
                 f"up to order {self.derivatives}. {mend}"

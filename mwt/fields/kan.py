@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from mwt.fields.config import choose
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.field import Field, MuonParameter
 from mwt.fields.kan_bases import BASES, Basis, Curve, Values
-from mwt.fields.layers import BatchNorm, Initializer, Spread, affine
+from mwt.fields.layers import BatchNorm, Initializer, Spread, add_product, affine
 
 
 class LayerNorm(nn.Module):
@@ -116,21 +117,13 @@ class FixedFunctions(Layer):
             terms.append((F.silu(x), self.base))
         result = affine(*terms[0], bias)
         for value, weight in terms[1:]:
-            result = _add_product(result, value, weight)
+            result = add_product(result, value, weight)
         return result
 
     def muon_parameters(self, prefix: str) -> list[MuonParameter]:
         """The coefficients as one matrix from G in values to out, and that of SiLU."""
         found: list[MuonParameter] = [(f"{prefix}.weight", self.weight, "in_out")]
         return found if self.base is None else [*found, (f"{prefix}.base", self.base, "in_out")]
-
-
-def _add_product(result: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-    if result.ndim == value.ndim == weight.ndim == 2:
-        return torch.addmm(result, value, weight)
-    if result.ndim == value.ndim == weight.ndim == 3 and len(result) == len(value) == len(weight):
-        return torch.baddbmm(result, value, weight)
-    return result + value @ weight
 
 
 def _spline_noise(
@@ -180,13 +173,9 @@ class _PairSum:
     def vjp(self, features: Tensor, gradient: Tensor, matrix: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         """Derivatives by features, matrix and weight."""
         value, slope = self.curve(features @ matrix)
-        gradient, inner = gradient.unsqueeze(-3), slope()
-        if torch.is_grad_enabled():
-            inner, value = inner * gradient * weight, value * gradient
-        else:  # one pass over memory instead of two
-            inner.mul_(gradient).mul_(weight)
-            value.mul_(gradient)
-        return inner @ matrix.mT, features.mT @ inner, value.sum(-2, keepdim=True)
+        gradient = gradient.unsqueeze(-3)
+        inner = slope() * gradient * weight
+        return inner @ matrix.mT, features.mT @ inner, (value * gradient).sum(-2, keepdim=True)
 
 
 class Wavelets(PairFunctions):
@@ -263,6 +252,7 @@ class KAN(Field):
         super().__init__(
             coordinate_dims=coordinate_dims, channels=channels, copies=draws.copies, derivatives=derivatives
         )
+        self.waves = basis.family == "fourier"
         widths = [coordinate_dims, *[config.width] * (config.hidden_layers + 1), channels]
 
         def layer(number: int) -> Layer:
@@ -283,10 +273,12 @@ class KAN(Field):
 
     def values(self, coords: Tensor) -> Tensor:
         """[*N, P, D] to [*N, P, C]."""
-        with torch.autocast(coords.device.type, enabled=False):  # k x needs more digits than bf16 has
+        full = torch.autocast(coords.device.type, enabled=False)  # k x needs more digits than bf16 has
+        with full:
             hidden = self.first(coords, coords)
-        for i, layer in enumerate([*self.hidden, self.last]):
-            hidden = layer(hidden, self.norms[i](hidden) if self.norms else hidden)
+        with full if self.waves else nullcontext():
+            for i, layer in enumerate([*self.hidden, self.last]):
+                hidden = layer(hidden, self.norms[i](hidden) if self.norms else hidden)
         return hidden
 
     def muon_parameters(self) -> list[MuonParameter]:

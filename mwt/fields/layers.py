@@ -139,6 +139,15 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight + bias[..., None, :]
 
 
+def add_product(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """base + x W: [..., P, out], [..., P, in] and [*N, in, out] to [..., P, out]."""
+    if base.ndim == x.ndim == weight.ndim == 2:
+        return torch.addmm(base, x, weight)
+    if base.ndim == x.ndim == weight.ndim == 3 and len(base) == len(x) == len(weight):
+        return torch.baddbmm(base, x, weight)
+    return base + x @ weight
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy 2015) over the points, separately for each network and unit.
 

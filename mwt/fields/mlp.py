@@ -68,7 +68,8 @@ class CoordinateMLP(Field):
         activations = [make_activation(config.activation, draws, first=i == 0) for i in range(count)]
         self.activations = nn.ModuleList(activations)
         self.norms = nn.ModuleList(BatchNorm(draws, width) for _ in range(count if config.batch_norm else 0))
-        self.derivatives = min(activation.derivatives for activation in activations)
+        if not config.batch_norm:  # with it, a value depends on the other points too
+            self.derivatives = min(activation.derivatives for activation in activations)
 
     def _activate(self, number: int, z: Tensor) -> Tensor:
         if self.norms:

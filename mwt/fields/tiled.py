@@ -3,7 +3,7 @@
 The tile of a point is floor(x T) along each axis, x being its coordinate as a number from 0 to 1 and T the tiles along
 that axis; tiles are numbered in row-major order. Points are sorted by tile and multiplied tile by tile as one batch
 (`mwt.fields.packing`), so that any points will do and memory is bounded. All layers start from SIREN's rule for hidden
-layers, as in ASMR's code (Lee et al., ICLR 2024), whose encoding saw whole numbers and so only zeros; here it sees
+layers, as in ASMR's code (Li et al., ICLR 2024), whose encoding saw whole numbers and so only zeros; here it sees
 coordinates.
 
 Within a tile the field is as smooth as a SIREN; across borders of tiles it jumps.
