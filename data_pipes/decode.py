@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from data_pipes.decode_plain import MAX_PIXELS, decode_plain, plain_size
 from mwt.errors import InputError
 from mwt.structs import SignalFacts
 
@@ -30,12 +28,8 @@ _KNOWN_INFO = {
     "PNG": {"dpi", "gamma", "srgb"},
 }
 """What a file may say about its image without changing how it is seen; neither EXIF nor transparency is among it."""
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_PNG_HEADER = struct.Struct(">16sIIBBBBB")
 MAX_LABEL_BYTES = 8
 """A label with its line break; a longer one is refused unread."""
-MAX_PIXELS = 2**26
-"""Images above 67 megapixels are refused before they are decompressed."""
 
 
 def open_image(source: io.BytesIO | Path, where: str, formats: tuple[str, ...] | None = None) -> Image.Image:
@@ -135,8 +129,10 @@ def decode_image(
     Raises:
         InputError: names `where`. Of a size that cannot be right, before anything is decompressed.
     """
-    if extension == "png" and (pixels := _decode_plain_png(data, channels, size)) is not None:
-        return pixels
+    if (found := plain_size(data, extension, channels)) is not None and _fits(found, size):
+        pixels = decode_plain(data, extension)
+        if pixels is not None:
+            return pixels
     with open_image(io.BytesIO(data), where, formats=(IMAGE_FORMATS[extension],)) as image:
         stored = (image.height, image.width)
         if not (_fits(stored, size) or _fits(stored[::-1], size)):  # EXIF may turn it, which only its end may say
@@ -145,45 +141,6 @@ def decode_image(
     if not _fits((tensor.shape[1], tensor.shape[2]), size):
         raise _another_size((tensor.shape[1], tensor.shape[2]), size, where)
     return tensor
-
-
-def _decode_plain_png(data: bytes, channels: int, size: tuple[int | None, int | None]) -> UInt8[Tensor, "C h w"] | None:
-    """The pixels of a PNG that nothing has to be done to, as PIL would give them; None for any other, and for faults.
-
-    By torchvision's libpng, in half of PIL's time and beside other threads, which PIL's Python holds up. Only where
-    the process has loaded torchvision already (whatever has a model has): it takes seconds.
-    """
-    if (
-        "torchvision" not in sys.modules
-        or not hasattr(torch.ops.image, "decode_png")
-        or not _is_plain_png(data, channels)
-    ):
-        return None
-    if not _fits((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), size):
-        return None
-    try:
-        pixels: Tensor = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, False)
-    except RuntimeError:
-        return None
-    return pixels
-
-
-def _is_plain_png(data: bytes, channels: int) -> bool:
-    """Whole and sound chunks that hold pixels and nothing else: grey or RGB of 8 bits, as asked for, not interlaced."""
-    if len(data) < _PNG_HEADER.size or channels not in (1, 3):
-        return False
-    signature, width, height, *form = _PNG_HEADER.unpack_from(data)
-    if signature != _PNG_SIGNATURE or form != [8, channels - 1, 0, 0, 0] or width * height > MAX_PIXELS:
-        return False
-    place, kinds = 8, []
-    while place + 12 <= len(data):
-        end = place + 8 + int.from_bytes(data[place : place + 4])
-        if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
-            return False
-        kinds.append(data[place + 4 : place + 8])
-        place = end + 4
-    body = kinds[1:-1]
-    return place == len(data) and kinds[-1] == b"IEND" and len(body) > 0 and set(body) == {b"IDAT"}
 
 
 def _fits(found: tuple[int, int], size: tuple[int | None, int | None]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -198,9 +199,15 @@ def batch_of(rows: list[Row]) -> Batch:
     """
     for row in rows:
         check_one_size(rows[0].signal, row)
-    stored = torch.stack([in_row(row.signal) for row in rows])
+    stored = _stacked([in_row(row.signal) for row in rows])
     labels, positions = torch.tensor([row.label for row in rows]), torch.tensor([row.position for row in rows])
     return as_batch(stored, labels, positions)
+
+
+def _stacked(signals: list[Tensor]) -> Tensor:
+    """`torch.stack`, by NumPy: in one thread, as torch's own would wait busily for more work beside those that decode,
+    and into memory that is used again (`mwt.runtime.keep_freed_memory`), which torch's alignment often prevents."""
+    return torch.from_numpy(np.stack([signal.numpy() for signal in signals]))
 
 
 def in_row(signal: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 
 from mwt.errors import DivergedError, InputError, NotDefinedError, TrainingError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # Linux's prctl.h
 
 
@@ -34,13 +34,15 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory instead of handing every large block back to the system.
 
     With glibc's defaults each large CPU tensor is mapped and unmapped, and a training step spends most of its time in
-    page faults. Elsewhere (musl, macOS, Windows) this silently does nothing. Returns whether it took effect.
+    page faults. One arena for all threads: those of further threads are unmapped whenever they fall empty, whatever is
+    to be kept. Call it before threads allocate. Elsewhere (musl, macOS, Windows) this silently does nothing. Returns
+    whether it took effect.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_ARENA_MAX, 1))
 
 
 def choose_device(name: str) -> torch.device:
