@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mwt.memory import peak
+from mwt.runtime import give_back_freed_memory
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,6 +28,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if self._linux:
+            give_back_freed_memory()  # what is used again would not count
             with suppress(OSError):  # read-only in some containers: the peak is then that of the whole process
                 CLEAR.write_text("5")
         self._before = _kilobytes("RssAnon") * 1024 if self._linux else peak(device)

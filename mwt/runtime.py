@@ -45,6 +45,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_M_ARENA_MAX, 1))
 
 
+def give_back_freed_memory() -> None:
+    """Hand free pages back to the system, those that `keep_freed_memory` keeps too. Only with glibc; else nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` as a device.
 
