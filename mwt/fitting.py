@@ -69,10 +69,22 @@ def make_fit_optimizer(fields: Field, config: FitOptimConfig) -> torch.optim.Opt
             fields.parameters(), lr=config.lr, max_iter=20, history_size=100, line_search_fn="strong_wolfe"
         )
     decay = config.weight_decay
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     if config.name == "muon":
         groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr)
-        return Muon([{**group, "weight_decay": decay} for group in groups])
-    return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, eps=1e-8)  # decay 0: Adam
+        return Muon([{**group, "weight_decay": decay, **({} if group["use_muon"] else adam)} for group in groups])
+    return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, **adam)  # decay 0: Adam
+
+
+def rate_factor(config: FitOptimConfig, step: int) -> float:
+    """What all rates are multiplied with at a step, counted from 0: 1 at first, lr_min / lr after the last."""
+    least, done = config.lr_min / config.lr, step / config.steps
+    match config.schedule:
+        case "cosine":
+            return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+        case "exponential":
+            return float(least**done)
+    return 1.0
 
 
 def evaluation_steps(steps: int, count: int) -> list[int]:
@@ -145,9 +157,8 @@ class SignalFit:
 
     def make_step(self) -> Tensor:
         """One optimizer step; the losses [N] before it. The sum over signals is minimised: they do not meet."""
-        if self.config.schedule == "cosine" and self.config.name != "lbfgs":
-            least = self.config.lr_min / self.config.lr
-            factor = least + (1 - least) * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
+        if self.config.name != "lbfgs":
+            factor = rate_factor(self.config, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
         index, seen = self.sampler.index(self.step), []

@@ -17,7 +17,7 @@ from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
 from mwt.fields.config import InterpolatedGridConfig, MLPConfig
 from mwt.fit_config import FitConfig, FitOptimConfig
-from mwt.fitting import SignalFit, evaluation_steps, fields_for
+from mwt.fitting import SignalFit, evaluation_steps, fields_for, make_fit_optimizer, rate_factor
 from mwt.signals import TASKS, Sampler, signal_paths
 from mwt.signals.image import ImageTask
 from mwt.signals.pictures import read_picture
@@ -62,14 +62,20 @@ def test_several_signals_at_once_are_fitted_as_each_alone(folder: Path, name: st
             torch.testing.assert_close(together.fields.state_dict()[key][i], value, rtol=1e-4, atol=1e-6)
 
 
-def test_plain_gradient_descent_by_adam_is_torchs(folder: Path) -> None:
-    """The whole loop against ten lines of torch: the same points, losses, cosine and Adam."""
+@pytest.mark.parametrize("schedule", ["cosine", "exponential", "constant"])
+def test_plain_gradient_descent_by_adam_is_torchs(folder: Path, schedule: str) -> None:
+    """The whole loop against ten lines of torch: the same points, losses, schedule and Adam."""
     task = image_task([folder / "0.png"])
-    optim = FitOptimConfig(steps=10, points=64, lr=2e-3)
+    moments = {} if schedule == "cosine" else {"betas": (0.7, 0.95), "eps": 1e-3}
+    optim = FitOptimConfig(steps=10, points=64, lr=2e-3, schedule=schedule, lr_min=1e-4, **moments)
     ours = fitted(task, optim)
     field = fields_for(SMALL, task, seed=3)
-    adam = torch.optim.Adam(field.parameters(), lr=2e-3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10)
+    adam = torch.optim.Adam(field.parameters(), lr=2e-3, **moments)
+    falling = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10, eta_min=1e-4),
+        "exponential": torch.optim.lr_scheduler.ExponentialLR(adam, gamma=(1e-4 / 2e-3) ** (1 / 10)),
+        "constant": torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0),
+    }[schedule]
     sampler = Sampler(task.points, 64, 3, CPU)
     truth = torch.from_numpy(picture(0)).float().div(127.5).sub(1).reshape(-1, 3)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 20), torch.linspace(-1, 1, 24), indexing="ij")
@@ -79,9 +85,33 @@ def test_plain_gradient_descent_by_adam_is_torchs(folder: Path) -> None:
         adam.zero_grad()
         ((field(coords[index]) - truth[index]) ** 2).mean().backward()
         adam.step()
-        cosine.step()
+        assert ours.rates[0] * rate_factor(optim, step) == pytest.approx(falling.get_last_lr()[0], rel=1e-12)
+        falling.step()
+    assert schedule == "constant" or falling.get_last_lr()[0] == pytest.approx(1e-4)  # after exactly the steps run
     for a, b in zip(ours.fields.parameters(), field.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
+    task = image_task([folder / "0.png"])
+    optim = FitOptimConfig(name="muon", betas=(0.5, 0.6), eps=0.1)
+    groups = make_fit_optimizer(fields_for(SMALL, task, seed=3), optim).param_groups
+    assert [(group["betas"], group["eps"]) for group in groups if not group["use_muon"]] == [((0.5, 0.6), 0.1)]
+    assert all("betas" not in group and group["eps"] == 1e-7 for group in groups if group["use_muon"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "exponential"}, "optim.schedule=exponential never reaches zero: set optim.lr_min"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas are \(0.9, 1.0\); they must lie in \[0, 1\)"),
+        ({"eps": 0.0}, "optim.eps is 0.0; it must be positive"),
+        ({"name": "lbfgs", "eps": 1e-15}, "leave out optim.betas and optim.eps"),
+    ],
+)
+def test_settings_of_the_optimizer_that_will_not_do(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FitOptimConfig(**options)
 
 
 @pytest.mark.parametrize("name", ["adam", "muon", "lbfgs"])
