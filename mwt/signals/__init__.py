@@ -13,7 +13,7 @@ from mwt.signals.poisson import PoissonTask
 from mwt.signals.radiance import RadianceTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 from mwt.signals.shape import ShapeTask
-from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.task import Evaluation, Sampler, Task, make_tasks
 from mwt.signals.tomography import TomographyTask
 from mwt.signals.video import VideoTask
 
@@ -84,4 +84,4 @@ def skimage_picture(name: str) -> Path:
     raise InputError(f"scikit-image has no picture {name!r} at hand; there are {', '.join(p.stem for p in found)}.")
 
 
-__all__ = ["TASKS", "Evaluation", "Sampler", "Task", "list_tasks", "signal_paths"]
+__all__ = ["TASKS", "Evaluation", "Sampler", "Task", "list_tasks", "make_tasks", "signal_paths"]
