@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ASSERTING = ("assert_", "check_", "gradcheck", "gradgradcheck")
 """Calls that begin with one of these assert something: torch.testing.assert_close, a helper of the test file, …"""
@@ -113,12 +114,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def same_every_time() -> Iterator[None]:
-    """Every test starts with the same seeds and one thread, and leaves no signal handler behind."""
+    """Every test starts with the same seeds and one thread, and leaves nothing that a program set in the process."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision = torch.get_float32_matmul_precision()
     yield
+    torch.set_float32_matmul_precision(precision)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -338,6 +338,7 @@ def test_an_interrupted_grid_stops_its_programs_and_goes_on(toys: Path, number: 
     assert record["seconds"] > 6 * 0.2  # of both attempts; the interruption cut one pause short
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_once_what_it_started_has_ended(toys: Path) -> None:
     process = started(toys, "pause=0.3", "steps=5")
     process.kill()

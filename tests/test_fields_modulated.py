@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,17 +45,6 @@ KINDS = {
     "hash grid": HASH_GRID,
     "modulations": ("field.name=modulated", "field.tokens=modulations", "inner_loop.learn_alpha=false"),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state() -> Iterator[None]:
-    """Accelerate and torch keep process-wide state, which a program may set and a test must not leave behind."""
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def load(*overrides: str, size: tuple[int | None, int | None] = SIZE) -> ModelConfig:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,13 +33,6 @@ from tests.fork_server import Server
 ROOT = Path(__file__).parents[1]
 FACTS = SignalFacts(kind="image", channels=1, height=6, width=7, classes=("a", "b", "c"))
 SMALL = ["siren.hidden=8", "siren.hidden_layers=1", "inner_loop.steps=2", "reader.blocks=1", "reader.head_dim=4"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def debug(run: Path, *arguments: str) -> int:

@@ -155,6 +155,7 @@ print("graphs", graphs)
 """
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_plain_and_compiles_once(server: Server) -> None:
     """In a process of its own: the shape-checking hook and torch.compile do not go together."""
     said = server.run(program="", code=COMPILED)

@@ -12,13 +12,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import train.classify as program
@@ -29,6 +27,7 @@ from mwt.errors import InputError, TrainingError
 from mwt.runtime import run_program
 from mwt.tracking import read_metrics
 from tests.fork_server import Server
+from tests.process_state import reset
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "data_pipes" / "builtin" / "digits"
@@ -36,17 +35,6 @@ MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
 """Of a line of metrics.jsonl, what depends on the machine and not on the run."""
 # 5 steps an epoch, two epochs; random subsets of 16 points; the test split stands in for a monitored one.
 LONGER = ("data.limit=40", "optim.epochs=2", "data.monitor_split=test")
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state() -> Iterator[None]:
-    """Accelerate and torch keep process-wide state, which a program may set and a test must not leave behind."""
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def debug(run: Path, *arguments: str) -> int:
@@ -236,11 +224,6 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(mwt.training, "observe", poisoned)
 
 
-def reset() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,8 +318,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for every in (1, 2):
         runs[every] = tmp_path_factory.mktemp("undisturbed") / "run"
         assert debug(runs[every], *LONGER, f"run.log_every={every}") == 0
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset()
     return runs
 
 
@@ -357,8 +339,7 @@ def test_an_interrupted_and_resumed_run_equals_an_undisturbed_one(
     assert f"python -m train.classify --resume run.dir={run}" in said
     assert json.loads((run / "checkpoints" / "last.json").read_text())["folder"] == f"step-{step:08d}"
     monkeypatch.undo()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset()
     assert program.main(["--resume", f"run.dir={run}"]) == 0
     check_same_run(run, undisturbed[every])
 
@@ -391,8 +372,7 @@ def test_a_run_may_be_resumed_on_another_way_of_computing_the_same(
     stop_at(monkeypatch, 3)
     assert debug(run, *LONGER, "run.log_every=1") == 143
     monkeypatch.undo()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset()
     ways = ["inner_loop.engine=func", "inner_loop.checkpoint=true", "reader.checkpoint=true"]
     assert program.main(["--resume", f"run.dir={run}", *ways]) == 0
     assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(undisturbed[1])]

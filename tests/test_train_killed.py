@@ -139,10 +139,10 @@ def kill_often(server: Server, run: Path, plain: Undisturbed, *, kills: int, see
     return counts
 
 
-def test_killed_thrice_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
+def test_killed_and_resumed_a_run_ends_like_an_undisturbed_one(tmp_path: Path, server: Server) -> None:
     plain = leave_alone(server, tmp_path / "undisturbed", (*ARGUMENTS, validated(tmp_path)))
     assert len(rows(plain.run)) == 44
-    kill_often(server, tmp_path / "run", plain, kills=3, seed=1)
+    kill_often(server, tmp_path / "run", plain, kills=1, seed=1)
 
 
 @pytest.mark.slow
@@ -153,6 +153,7 @@ def test_killed_two_dozen_times_a_run_ends_like_an_undisturbed_one(tmp_path: Pat
     assert min(counts["folder"], counts["pointer"], counts["best"]) >= 2, counts
 
 
+@pytest.mark.slow
 def test_killed_before_anything_is_there_it_can_be_started_or_resumed(tmp_path: Path, server: Server) -> None:
     """A directory that was being made, and a run without a checkpoint."""
     run = tmp_path / "run"
@@ -232,6 +233,7 @@ def test_a_full_file_system_is_met_with_a_sentence_and_the_last_checkpoint_is_ke
 # ---- told to stop within an evaluation -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_within_a_long_evaluation_is_not_waited_for(tmp_path: Path, server: Server) -> None:
     """The epoch is saved already; the resumed run makes the evaluation."""
     run = tmp_path / "run"

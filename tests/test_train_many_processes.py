@@ -141,6 +141,7 @@ def test_a_launcher_of_several_processes_passes_sigterm_on_and_the_run_is_saved(
     assert len(tensors(run)) > 0
 
 
+@pytest.mark.slow
 def test_accelerate_passes_no_sigterm_on_to_a_single_process_but_that_ends_with_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision",

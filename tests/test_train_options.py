@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import eval.classify
@@ -22,24 +21,11 @@ from mwt.errors import InputError
 from mwt.outer_loop import share_of_first
 from mwt.structs import Batch
 from mwt.tracking import read_metrics
+from tests.process_state import reset
 
 DIGITS = Path(__file__).parents[1] / "data_pipes" / "builtin" / "digits"
 MACHINE = {"images_per_second", "seconds", "peak_memory_gb"}
 LONGER = ("data.limit=40", "optim.epochs=2", "run.log_every=1")  # 5 steps an epoch
-
-
-def reset() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def fresh_process_state() -> Iterator[None]:
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
-    reset()
 
 
 @pytest.fixture(scope="module")

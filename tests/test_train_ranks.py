@@ -209,7 +209,8 @@ mwt.training_state.Meter.add = stopping
 """
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(
     tmp_path: Path, server: Server, before: int, after: int
 ) -> None:
@@ -234,7 +235,8 @@ def test_a_run_goes_on_with_another_number_of_processes(
 # ---- a subset to monitor -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_the_subset_to_monitor_is_the_same_however_many_processes(tmp_path: Path, server: Server, world: int) -> None:
     """13 of 42, two at a time: whole batches for all, then an uneven rest; at the end all. In float64: see DOUBLE."""
     evaluated, numbers = [], []
