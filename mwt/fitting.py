@@ -280,7 +280,8 @@ class SignalFit:
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = value
         self.fields.load_state_dict(parts["field"])
-        self.best = Best(*content["best"], {name: value.clone() for name, value in parts["best"].items()})
+        steps, metrics = content["best"]
+        self.best = Best(steps, metrics, {name: value.clone() for name, value in parts["best"].items()})
         device = next(self.fields.parameters()).device
         counters = device if isinstance(self.optimizer, Muon) else torch.device("cpu")  # where torch's AdamW has them
         tensors = {  # copies: out of the file's alignment

@@ -266,12 +266,20 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["signal.path=/no/such.png"], "There is no file /no/such.png"),
-        ([], "signal.path is missing"),
+        ([], "signal.path is missing: .*such as signal.path=photo.png"),
+        (["signal.path=[a.png,b.png]"], "it is one file, a folder or a glob"),
+        (["signal={folder}/0.png"], "is no setting; the signal to fit is given as signal.path=.*0.png"),
+        (["{folder}/0.png"], "is no setting; the signal to fit is given as signal.path=.*0.png"),
+        (["signal.path=https://a.b/c.png"], "fetch it first"),
+        (["signal.path={folder}/*.gif"], "There is no file that matches .*gif"),
+        (["optim.speed=3"], "Key 'speed' not in 'FitOptimConfig'; there are name, lr, "),
         (["signal.path={folder}/0.png", "signal.hight=3"], "Did you mean: 'high'"),
         (["signal.path={folder}/0.png", "task=imgae"], "task is 'imgae'; there are image"),
         (["signal.path={folder}/text.png"], "not an image that can be read"),
-        (["signal.path={folder}/empty"], "holds no file that ends in"),
-        (["signal.path={folder}/0.png", "signal.crop=400"], "signal.crop is 400; the picture is 20 x 24"),
+        (["signal.path={folder}/empty"], "holds no file that ends in .*npy.$"),
+        (["signal.path={folder}/outer"], r"holds no file .* are signal.path='.*outer/\*\*/\*.png'"),
+        (["signal.path={folder}/0.png", "signal.glitter=3"], "not in 'Options'; there are grey, crop, "),
+        (["signal.path={folder}/0.png", "signal.crop=400"], "is 400; the picture is 20 x 24, of which 1 to 20 can"),
         (["signal.path={folder}/0.png", "task=poisson", "field.mlp.activation.name=relu", "signal.given=laplacian"],
          "derivatives of order 2"),
         (["signal.path={folder}/0.png", "task=super_resolution", "optim.points=3"], "leave out optim.points"),
@@ -288,9 +296,16 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
 def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "text.png").write_text("no picture")
     (folder / "empty").mkdir()
+    (folder / "outer/inner").mkdir(parents=True)
+    Image.fromarray(picture(0)).save(folder / "outer/inner/0.png")
     Image.fromarray(picture(0, 9, 9)).save(folder / "10.png")
     with pytest.raises(InputError, match=message):
         run(*(item.format(folder=folder) for item in arguments), f"run.dir={folder / 'run'}")
+
+
+def test_a_fit_that_is_not_there_cannot_be_resumed(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run directory .*train.fit make"):
+        main(["--resume", f"run.dir={folder / 'run'}"])
 
 
 def test_every_task_goes_through_the_program(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import soundfile
 import torch
 from PIL import Image
 
+import train.fit
 from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, Frame, evaluate, load_field
 from mwt.fields.config import MLPConfig
@@ -19,6 +21,7 @@ from mwt.fit_config import FitOptimConfig
 from mwt.fit_groups import GroupedFit
 from mwt.fitting import Best, SignalFit, fields_for
 from mwt.rank import RankTracker
+from mwt.runtime import StopRequested
 from mwt.signals import TASKS, make_tasks
 from train.fit import main
 
@@ -90,8 +93,8 @@ def test_signals_of_several_shapes_are_fitted_as_each_alone(folder: Path, name: 
     }
     alone = {path.name: done(started([path], optim)) for path in paths}
     for fit in together.fits.values():
-        for i, signal in enumerate(fit.task.names):
-            for key, value in alone[signal].first.fields.state_dict().items():
+        for i, own_name in enumerate(fit.task.names):
+            for key, value in alone[own_name].first.fields.state_dict().items():
                 own = fit.fields.state_dict()[key]
                 torch.testing.assert_close(own[i] if fit.task.count > 1 else own, value, rtol=1e-4, atol=1e-6)
     for number, row in enumerate(together.curve):
@@ -134,6 +137,29 @@ def test_signals_of_several_shapes_go_through_the_program(folder: Path, capsys: 
     assert shown == pytest.approx([found["signals"][names[i]]["psnr"] for i in (1, 4, 5)], abs=1e-3)
     with pytest.raises(InputError, match=r"holds fields of several shapes: load one of .*field/20x24x1, "):
         load_field(out / "field")
+
+
+class AtOnce(StopRequested):
+    """As if SIGTERM had come at the beginning."""
+
+    def __enter__(self) -> StopRequested:
+        self.signal = signal.SIGTERM
+        return super().__enter__()
+
+
+def test_an_interrupted_run_of_several_shapes_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--debug", f"signal.path={folder}/mixed", "run.film=false", "run.curves=false"]
+    assert main([*arguments, f"run.dir={folder / 'whole'}"]) == 0
+    with monkeypatch.context() as changed:
+        changed.setattr(train.fit, "StopRequested", AtOnce)
+        assert main([*arguments, f"run.dir={folder / 'run'}"]) == 128 + signal.SIGTERM
+    assert not (folder / "run/result.json").exists()
+    assert main(["--resume", f"run.dir={folder / 'run'}"]) == 0
+    whole, found = (json.loads((folder / name / "result.json").read_text()) for name in ("whole", "run"))
+    for key in ("final", "best", "signals", "steps"):
+        assert found[key] == whole[key]
+    steps = [json.loads(line)["step"] for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 4]
 
 
 def test_files_that_came_or_went_end_a_resumed_fit(folder: Path) -> None:

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from mwt import runtime
+from mwt.checkpoint import check_run_directory
 from mwt.config_files import config_yaml, list_configs, load_config, read_options
 from mwt.errors import InputError
 from mwt.fields import save_field
@@ -60,11 +61,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FitConfig]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
+    for item in overrides:
+        given = item.removeprefix("signal=")
+        if "=" not in given and "{" not in given and (given != item or Path(item).exists()):
+            raise InputError(f"{item!r} is no setting; the signal to fit is given as signal.path={given}")
     if arguments.debug and not any(item.startswith("run.dir=") for item in overrides):
         overrides = ["run.dir=runs/debug", *overrides]
     path = arguments.config
     if arguments.resume and path is None:  # the run knows its configuration
-        path = Path(load_config(FitConfig, None, overrides).run.dir) / "config.yaml"
+        run = Path(load_config(FitConfig, None, overrides).run.dir)
+        check_run_directory(run)
+        path = run / "config.yaml"
     config = load_config(FitConfig, path, overrides)
     if not arguments.debug:
         return arguments, config
@@ -81,11 +88,17 @@ def read_tasks(config: FitConfig, device: torch.device) -> dict[str, Task]:
     options = dict(config.signal)
     path = options.pop("path", None)
     if not path:
-        raise InputError("signal.path is missing: the file, folder or glob of the signal to fit.")
+        raise InputError(
+            "signal.path is missing: the file, folder or glob of the signal to fit, such as signal.path=photo.png. "
+            "Configs with a signal of their own: --list."
+        )
+    if isinstance(path, (list, dict)):
+        raise InputError(f"signal.path is {path}; it is one file, a folder or a glob, such as 'photos/*.png'.")
     paths = signal_paths(str(path), kind)
     if len(paths) > 1 and not kind.several:
         raise InputError(f"task={config.task} fits one signal at a time; {path} holds {len(paths)}.")
-    return make_tasks(kind, paths, read_options(kind.Options, options, f"signal of task={config.task}"), device)
+    read = read_options(kind.Options, options, f"signal of task={config.task}, beside path")
+    return make_tasks(kind, paths, read, device)
 
 
 def make_fits(config: FitConfig, device: torch.device) -> GroupedFit:

@@ -65,7 +65,9 @@ def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor
         return pictures
     height, width = pictures.shape[1:3]
     if not 1 <= size <= min(height, width):
-        raise InputError(f"signal.crop is {size}; the picture is {height} x {width}.")
+        raise InputError(
+            f"signal.crop is {size}; the picture is {height} x {width}, of which 1 to {min(height, width)} can be used."
+        )
     top, left = (height - size) // 2, (width - size) // 2
     return pictures[:, top : top + size, left : left + size]
 
