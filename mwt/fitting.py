@@ -194,7 +194,10 @@ class SignalFit:
         return self._look(loss) if due else None
 
     def make_step(self) -> Tensor:
-        """One optimizer step; the losses [N] before it. The sum over signals is minimised: they do not meet."""
+        """One optimizer step; the losses [N] before it, without penalties of parameters.
+
+        The sum over signals is minimised: they do not meet.
+        """
         if self.config.name != "lbfgs":
             factor = rate_factor(self.config, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -205,6 +208,9 @@ class SignalFit:
             self.optimizer.zero_grad(set_to_none=True)
             losses = self.task.loss(self.fields, index, self.sampler.generator(self.step))
             total: Tensor = losses.sum()
+            penalty = self.fields.penalty()
+            if penalty is not None:
+                total = total + penalty.sum()
             if self.config.total_variation:
                 total = total + self.config.total_variation * self.total_variation()
             total.backward()
