@@ -95,7 +95,7 @@ def test_plain_gradient_descent_by_adam_is_torchs(folder: Path, schedule: str) -
 
 def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
     task = image_task([folder / "0.png"])
-    optim = FitOptimConfig(name="muon", betas=(0.5, 0.6), eps=0.1)
+    optim = load_config(FitConfig, None, ["optim.name=muon", "optim.betas=[0.5, 0.6]", "optim.eps=0.1"]).optim
     groups = make_fit_optimizer(fields_for(SMALL, task, seed=3), optim).param_groups
     assert [(group["betas"], group["eps"]) for group in groups if not group["use_muon"]] == [((0.5, 0.6), 0.1)]
     assert all("betas" not in group and group["eps"] == 1e-7 for group in groups if group["use_muon"])

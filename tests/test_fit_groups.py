@@ -17,9 +17,10 @@ import train.fit
 from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, Frame, evaluate, load_field
 from mwt.fields.config import MLPConfig
+from mwt.fit_best import Best
 from mwt.fit_config import FitOptimConfig
 from mwt.fit_groups import GroupedFit
-from mwt.fitting import Best, SignalFit, fields_for
+from mwt.fitting import SignalFit, fields_for
 from mwt.rank import RankTracker
 from mwt.runtime import StopRequested
 from mwt.signals import TASKS, make_tasks

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
     """Each metric's mean over the signals."""
-    return {name: float(values.mean()) for name, values in metrics.items()}
+    return {name: fmean(values.tolist()) for name, values in metrics.items()}
 
 
 class Task(ABC):
