@@ -171,7 +171,8 @@ def check_run_directory(run: Path) -> None:
     """
     if not (run / "config.yaml").is_file():
         raise InputError(
-            f"{run} is not a run directory (it has no config.yaml); train.classify and train.weights make them."
+            f"{run} is not a run directory (it has no config.yaml); train.classify, train.weights and train.fit make "
+            "them."
         )
 
 

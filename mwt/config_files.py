@@ -6,15 +6,15 @@ values that make a published model (`VARIANTS`) at the level where it is named; 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mwt.config import VARIANTS
 from mwt.errors import InputError
@@ -25,6 +25,14 @@ ConfigT = TypeVar("ConfigT")
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _told(error: OmegaConfBaseException) -> str:
+    """Its first line; of a key that is like none there is, also which there are."""
+    line, block = _one_line(error), getattr(error, "object_type", None)
+    if isinstance(error, ConfigKeyError) and "Did you mean" not in line and dataclasses.is_dataclass(block):
+        line += f"; there are {', '.join(entry.name for entry in dataclasses.fields(block))}"
+    return line
 
 
 def _variant_overrides(name: object, where: str) -> DictConfig:
@@ -85,7 +93,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None, overrides: list[
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
-        raise InputError(f"{where}: {_one_line(error)}{key}") from error
+        raise InputError(f"{where}: {_told(error)}{key}") from error
 
 
 def read_options(schema: type[ConfigT], options: Mapping[str, Any], where: str) -> ConfigT:
@@ -97,7 +105,7 @@ def read_options(schema: type[ConfigT], options: Mapping[str, Any], where: str) 
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), dict(options)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise InputError(f"{where}: {_one_line(error)}") from error
+        raise InputError(f"{where}: {_told(error)}") from error
 
 
 def config_yaml(config: object) -> str:
@@ -108,7 +116,7 @@ def config_yaml(config: object) -> str:
 def flat(config: Any) -> dict[str, Any]:
     """Any program's configuration as `block.key: value`, for trackers and comparisons."""
     rows: dict[str, Any] = {}
-    for block, values in asdict(config).items():
+    for block, values in dataclasses.asdict(config).items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             name = f"{block}.{key}" if key else block
             rows[name] = value if isinstance(value, (int, float, str, bool)) else str(value)

@@ -12,7 +12,7 @@ from mwt.fields.config import FieldConfig
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptimConfig:
-    """How a field is fitted. Rates fall along a cosine, to zero or lr_min, over exactly the steps that are run."""
+    """How a field is fitted. Rates fall, to zero or lr_min, over exactly the steps that are run."""
 
     name: Literal["adam", "muon", "lbfgs"] = "adam"
     """muon: the matrices between hidden layers by Muon, everything else by Adam. lbfgs: all points, one signal."""
@@ -20,26 +20,41 @@ class FitOptimConfig:
     """Adam's rate; with muon that of everything but the hidden matrices; lbfgs's first step, for which give 1."""
     lr_muon: float | None = None
     """Muon's; null: 0.03 times the median spectral norm of the hidden matrices at the start (docs/muon.md)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of Adam's moments; with muon those of everything but the hidden matrices."""
+    eps: float = 1e-8
+    """Adam's, added to the root of the second moment. Hash grids (Instant-NGP): 1e-15, and betas of 0.9 and 0.99."""
     steps: int = 1000
     points: int | None = None
     """Points that a step sees, each once before any comes again; null: all."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Of adam and muon; lbfgs has a line search."""
+    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
+    """Of adam and muon; lbfgs has a line search. exponential: by the same factor in each step, down to lr_min."""
     lr_min: float = 0.0
-    """Where the cosine of `lr` ends; a Muon rate beside it falls by the same factor."""
+    """Where `lr` ends; a Muon rate beside it falls by the same factor. A constant rate knows no end."""
     weight_decay: float = 0.0
     total_variation: float = 0.0
     """field.name=grid: what the total variation of its values is multiplied by and added to the loss."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # YAML brings a list
         require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
         require(self.lr_muon is None or self.lr_muon > 0, "optim.lr_muon must be positive, or null.")
         require(self.steps >= 1, f"optim.steps is {self.steps}; it must be at least 1.")
         require(self.points is None or self.points >= 1, "optim.points must be at least 1, or null for all.")
         require(0 <= self.lr_min <= self.lr, f"optim.lr_min is {self.lr_min}; it must lie between 0 and optim.lr.")
+        require(
+            self.schedule != "exponential" or self.lr_min > 0,
+            "optim.schedule=exponential never reaches zero: set optim.lr_min, such as a hundredth of optim.lr.",
+        )
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; they must lie in [0, 1).")
+        require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive.")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
         require(self.total_variation >= 0, "optim.total_variation cannot be negative.")
         require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
+        require(
+            self.name != "lbfgs" or (self.betas, self.eps) == ((0.9, 0.999), 1e-8),
+            "optim.name=lbfgs knows no moments: leave out optim.betas and optim.eps.",
+        )
         require(
             self.name != "lbfgs" or self.points is None,
             "optim.name=lbfgs looks along a line and needs the same points in each step: leave out optim.points.",

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from mwt.fit_config import FitConfig
-from mwt.fitting import Row, SignalFit
+from mwt.fit_groups import GroupedFit
+from mwt.fitting import Row
 from mwt.plots import curves_figure
 from mwt.signals.pictures import write_picture
 
 LARGEST = 384
 """Pixels along the longer side of the film."""
-MEMBERS = ("step", "seconds", "loss")
-"""What an entry of a curve has beside metrics."""
+LISTED = 40
+"""Signals that are shown one by one."""
 
 
 class Film:
@@ -48,11 +49,6 @@ class Film:
         self.folder.rmdir()
 
 
-def metrics_of(row: Row) -> dict[str, float]:
-    """The task's metrics of an entry of a curve."""
-    return {name: value for name, value in row.items() if name not in MEMBERS}
-
-
 def curve_figure(curve: list[Row], metric: str) -> Figure:
     """Loss and the task's first metric over the steps."""
     steps = [row["step"] for row in curve]
@@ -60,37 +56,45 @@ def curve_figure(curve: list[Row], metric: str) -> Figure:
     return curves_figure([(name, [("", steps, values)]) for name, values in panels], xlabel="step")
 
 
-def result(going: SignalFit, config: FitConfig) -> dict[str, Any]:
+def shape_folder(folder: Path, shape: str) -> Path:
+    """Where the fields of a shape lie: the folder itself where all signals have one."""
+    return folder / shape if shape else folder
+
+
+def result(going: GroupedFit, config: FitConfig) -> dict[str, Any]:
     """result.json: the last and the best evaluation, baselines, and what it took."""
-    task, fields = going.task, going.fields
-    every = task.evaluate(fields).metrics
+    fits = going.fits.values()
     return {
         "task": config.task,
         "field": config.field.name,
         "optimizer": config.optim.name,
-        "final": metrics_of(going.curve[-1]),
-        "best": {**metrics_of(going.best), "step": going.best["step"]},
+        "final": going.final,
+        "best": going.best,
         "baselines": going.baselines,
-        "signals": {
-            name: {key: float(values[i]) for key, values in every.items()} for i, name in enumerate(task.names)
-        },
+        "signals": going.signals(),
+        "fields": {str(shape_folder(Path("field"), shape)): list(fit.task.names) for shape, fit in going.fits.items()},
         "steps": going.step,
         "seconds": round(going.seconds, 2),
-        "rates": going.rates,
-        "parameters": fields.num_parameters,
-        "macs_per_point": round(fields.macs_per_point(), 1),
-        "signal": task.facts(),
+        "rates": going.first.rates,
+        "parameters": round(going.mean([float(fit.fields.num_parameters) for fit in fits])),
+        "macs_per_point": round(going.mean([float(fit.fields.macs_per_point()) for fit in fits]), 1),
+        "signal": going.facts(),
     }
 
 
-def result_table(going: SignalFit) -> str:
-    """The last and the best metrics and the baselines, in columns."""
-    rows = [("final", metrics_of(going.curve[-1])), (f"best (step {going.best['step']})", metrics_of(going.best))]
-    rows += list(going.baselines.items())
-    names = list(rows[0][1])
+def result_table(going: GroupedFit) -> str:
+    """The last and the best metrics and the baselines, in columns; of several signals also those of each."""
+    best = {name: value for name, value in going.best.items() if name != "step"}
+    rows = [("final", going.final), (f"best (step {going.best['step']})", best), *going.baselines.items()]
+    names = list(going.final)
+    signals = going.signals() if len(going.names) > 1 else {}
+    if signals:
+        rows += [("", {}), *list(signals.items())[:LISTED]]
     width = max(len(title) for title, _ in rows)
     lines = [" " * width + "".join(f"{name:>14}" for name in names)]
     for title, metrics in rows:
         cells = (f"{metrics[name]:>14.4g}" if name in metrics else f"{'':>14}" for name in names)
-        lines.append(f"{title:<{width}}{''.join(cells)}")
+        lines.append(f"{title:<{width}}{''.join(cells)}".rstrip())
+    if len(signals) > LISTED:
+        lines.append(f"… and {len(signals) - LISTED} more in result.json")
     return "\n".join(lines)

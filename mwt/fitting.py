@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mwt.errors import DivergedError, InputError, NotDefinedError
@@ -22,11 +17,11 @@ from mwt.fields import Field, build_field
 from mwt.fields.config import FieldConfig
 from mwt.fields.grid import Grid
 from mwt.fields.registry import ON_SAMPLES
+from mwt.fit_best import Best
 from mwt.fit_config import FitOptimConfig
 from mwt.muon import Muon
 from mwt.muon_groups import split_parameters
 from mwt.rank import RankRow, RankTracker
-from mwt.runtime import sync
 from mwt.signals.task import Evaluation, Sampler, Task, means
 
 
@@ -69,10 +64,22 @@ def make_fit_optimizer(fields: Field, config: FitOptimConfig) -> torch.optim.Opt
             fields.parameters(), lr=config.lr, max_iter=20, history_size=100, line_search_fn="strong_wolfe"
         )
     decay = config.weight_decay
+    adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     if config.name == "muon":
         groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr)
-        return Muon([{**group, "weight_decay": decay} for group in groups])
-    return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, eps=1e-8)  # decay 0: Adam
+        return Muon([{**group, "weight_decay": decay, **({} if group["use_muon"] else adam)} for group in groups])
+    return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, **adam)  # decay 0: Adam
+
+
+def rate_factor(config: FitOptimConfig, step: int) -> float:
+    """What all rates are multiplied with at a step, counted from 0: 1 at first, lr_min / lr after the last."""
+    least, done = config.lr_min / config.lr, step / config.steps
+    match config.schedule:
+        case "cosine":
+            return least + (1 - least) * (1 + math.cos(math.pi * done)) / 2
+        case "exponential":
+            return float(least**done)
+    return 1.0
 
 
 def evaluation_steps(steps: int, count: int) -> list[int]:
@@ -97,8 +104,9 @@ class SignalFit:
     step: int = 0
     curve: list[Row] = field(default_factory=list)
     """One entry an evaluation."""
-    best: Row = field(default_factory=dict)
-    """The entry with the best `task.metric`."""
+    last: dict[str, list[float]] = field(default_factory=dict)
+    """The metrics of the last evaluation, a number a signal."""
+    best: Best = field(default_factory=lambda: Best([], {}, {}))
     seconds: float = 0.0
     """Spent in steps; evaluations are left out."""
 
@@ -110,6 +118,7 @@ class SignalFit:
         size, tiles = self.task.frame.size, None
         if size is not None and self.fields.tile is not None and math.prod(size) == self.task.points:
             tiles = (size, self.fields.tile)
+        self.looks = frozenset(evaluation_steps(self.config.steps, self.evaluations))
         self.sampler = Sampler(self.task.points, self.config.points, self.seed, device, tiles)
         if self.ranks is not None:
             self.ranks.record(0)
@@ -127,27 +136,36 @@ class SignalFit:
         Raises:
             DivergedError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
         """
-        looks = set(evaluation_steps(self.config.steps, self.evaluations))
         while not self.finished:
-            began = time.perf_counter()
-            losses = self.make_step()
-            self.step += 1
-            if self.step in looks:
-                loss = self._checked(losses)  # waits for the device
-                self.seconds += time.perf_counter() - began
-                on_evaluation(self._look(loss))
-            else:
-                self.seconds += time.perf_counter() - began
+            found = self.advance()
+            if found is not None:
+                on_evaluation(found)
             on_step()
             if stop():
                 return self.finished
         return True
 
+    def advance(self) -> Evaluation | None:
+        """One step, and the evaluation after it where it is time for one.
+
+        Raises:
+            DivergedError: as of `run`.
+        """
+        began = time.perf_counter()
+        losses = self.make_step()
+        self.step += 1
+        due = self.step in self.looks
+        loss = self._checked(losses) if due else 0.0  # waits for the device
+        self.seconds += time.perf_counter() - began
+        return self._look(loss) if due else None
+
     def make_step(self) -> Tensor:
-        """One optimizer step; the losses [N] before it. The sum over signals is minimised: they do not meet."""
-        if self.config.schedule == "cosine" and self.config.name != "lbfgs":
-            least = self.config.lr_min / self.config.lr
-            factor = least + (1 - least) * (1 + math.cos(math.pi * self.step / self.config.steps)) / 2
+        """One optimizer step; the losses [N] before it, without penalties of parameters.
+
+        The sum over signals is minimised: they do not meet.
+        """
+        if self.config.name != "lbfgs":
+            factor = rate_factor(self.config, self.step)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
         index, seen = self.sampler.index(self.step), []
@@ -156,6 +174,9 @@ class SignalFit:
             self.optimizer.zero_grad(set_to_none=True)
             losses = self.task.loss(self.fields, index, self.sampler.generator(self.step))
             total: Tensor = losses.sum()
+            penalty = self.fields.penalty()
+            if penalty is not None:
+                total = total + penalty.sum()
             if self.config.total_variation:
                 total = total + self.config.total_variation * self.total_variation()
             total.backward()
@@ -199,62 +220,51 @@ class SignalFit:
         found = self.task.evaluate(self.fields)
         row = {"step": self.step, "seconds": round(self.seconds, 3), "loss": loss, **means(found.metrics)}
         self.curve.append(row)
-        if not self.best or row[self.task.metric] > self.best[self.task.metric]:
-            self.best = row
+        self.last = {name: values.tolist() for name, values in found.metrics.items()}
+        self.best.look(self.step, self.last, self.task.metric, self.fields)
         if self.ranks is not None:
             self.ranks.record(self.step)
         return found
 
-    # ---- on disk -----------------------------------------------------------------------------------------------------
+    # ---- on disk (mwt.fit_groups) ------------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
-        """Write all that a fit needs to go on, in one file: the old one or the whole new one.
-
-        Raises:
-            OSError: disk full, no permission.
-        """
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the fit needs to go on: what JSON can hold, and tensors by name."""
         tensors = {f"field.{name}": value for name, value in self.fields.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.weights.items()}
         moments = _without_tensors(self.optimizer.state_dict()["state"], "optimizer", tensors)
-        content = {name: getattr(self, name) for name in ("step", "seconds", "rates", "curve", "best")}
-        content |= {"moments": moments, "ranks": self.ranks.as_json() if self.ranks else []}
-        temporary = path.with_name(f".{path.name}")
-        try:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-            save_file(tensors, temporary, metadata={"fit": json.dumps(content)})
-            sync(temporary)
-            temporary.replace(path)
-        except SafetensorError as error:  # wraps the system's errors, whose text alone names them
-            raise OSError(errno.EIO, f"the checkpoint could not be written ({error})", str(path)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = {name: getattr(self, name) for name in ("step", "seconds", "rates", "curve", "last")}
+        content |= {
+            "best": [self.best.steps, self.best.metrics],
+            "moments": moments,
+            "ranks": self.ranks.as_json() if self.ranks else [],
+        }
+        return content | {"signals": list(self.task.names)}, tensors
 
-    def restore(self, path: Path) -> None:
-        """Go on from what `save` wrote.
+    def take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave.
 
         Raises:
-            InputError: a damaged file, or one of another fit.
+            LookupError, TypeError, ValueError, RuntimeError: it is of another fit.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                content = json.loads(file.metadata()["fit"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self._take(content, tensors)
-        except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path} is damaged, or of another fit ({error}).") from error
-
-    def _take(self, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.fields.load_state_dict(
-            {name.removeprefix("field."): value for name, value in tensors.items() if name.startswith("field.")}
-        )
+        parts: dict[str, dict[str, Tensor]] = {"field": {}, "best": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        self.fields.load_state_dict(parts["field"])
+        steps, metrics = content["best"]
+        self.best = Best(steps, metrics, {name: value.clone() for name, value in parts["best"].items()})
         device = next(self.fields.parameters()).device
         counters = device if isinstance(self.optimizer, Muon) else torch.device("cpu")  # where torch's AdamW has them
         tensors = {  # copies: out of the file's alignment
-            name: value.to(counters if name.endswith(".step") else device, copy=True) for name, value in tensors.items()
+            name: value.to(counters if name.endswith(".step") else device, copy=True)
+            for name, value in tensors.items()
+            if name.startswith("optimizer.")
         }
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, values in content["moments"].items():  # not `load_state_dict`, which rounds L-BFGS's scalars
             self.optimizer.state[parameters[int(index)]] = _with_tensors(values, tensors)
-        for name in ("step", "seconds", "rates", "curve", "best"):
+        for name in ("step", "seconds", "rates", "curve", "last"):
             setattr(self, name, content[name])
         if self.ranks is not None:
             self.ranks.rows = [RankRow(**row) for row in content["ranks"]]

@@ -257,7 +257,7 @@ def test_output_ranges() -> None:
 
 
 def test_names() -> None:
-    assert list_fields() == ["mlp", "mfn", "hash_grid", "grid", "kan", "tiled", "experts", "asmr"]
+    assert list_fields() == ["mlp", "mfn", "hash_grid", "grid", "kan", "tiled", "experts", "asmr", "harmonized"]
     assert list_encodings() == ["identity", "nerf", "fourier", "fourier_kan"]
 
 

@@ -17,7 +17,8 @@ from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
 from mwt.fields.config import InterpolatedGridConfig, MLPConfig
 from mwt.fit_config import FitConfig, FitOptimConfig
-from mwt.fitting import SignalFit, evaluation_steps, fields_for
+from mwt.fit_groups import GroupedFit
+from mwt.fitting import SignalFit, evaluation_steps, fields_for, make_fit_optimizer, rate_factor
 from mwt.signals import TASKS, Sampler, signal_paths
 from mwt.signals.image import ImageTask
 from mwt.signals.pictures import read_picture
@@ -62,14 +63,20 @@ def test_several_signals_at_once_are_fitted_as_each_alone(folder: Path, name: st
             torch.testing.assert_close(together.fields.state_dict()[key][i], value, rtol=1e-4, atol=1e-6)
 
 
-def test_plain_gradient_descent_by_adam_is_torchs(folder: Path) -> None:
-    """The whole loop against ten lines of torch: the same points, losses, cosine and Adam."""
+@pytest.mark.parametrize("schedule", ["cosine", "exponential", "constant"])
+def test_plain_gradient_descent_by_adam_is_torchs(folder: Path, schedule: str) -> None:
+    """The whole loop against ten lines of torch: the same points, losses, schedule and Adam."""
     task = image_task([folder / "0.png"])
-    optim = FitOptimConfig(steps=10, points=64, lr=2e-3)
+    moments = {} if schedule == "cosine" else {"betas": (0.7, 0.95), "eps": 1e-3}
+    optim = FitOptimConfig(steps=10, points=64, lr=2e-3, schedule=schedule, lr_min=1e-4, **moments)
     ours = fitted(task, optim)
     field = fields_for(SMALL, task, seed=3)
-    adam = torch.optim.Adam(field.parameters(), lr=2e-3)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10)
+    adam = torch.optim.Adam(field.parameters(), lr=2e-3, **moments)
+    falling = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=10, eta_min=1e-4),
+        "exponential": torch.optim.lr_scheduler.ExponentialLR(adam, gamma=(1e-4 / 2e-3) ** (1 / 10)),
+        "constant": torch.optim.lr_scheduler.ConstantLR(adam, factor=1.0),
+    }[schedule]
     sampler = Sampler(task.points, 64, 3, CPU)
     truth = torch.from_numpy(picture(0)).float().div(127.5).sub(1).reshape(-1, 3)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 20), torch.linspace(-1, 1, 24), indexing="ij")
@@ -79,9 +86,33 @@ def test_plain_gradient_descent_by_adam_is_torchs(folder: Path) -> None:
         adam.zero_grad()
         ((field(coords[index]) - truth[index]) ** 2).mean().backward()
         adam.step()
-        cosine.step()
+        assert ours.rates[0] * rate_factor(optim, step) == pytest.approx(falling.get_last_lr()[0], rel=1e-12)
+        falling.step()
+    assert schedule == "constant" or falling.get_last_lr()[0] == pytest.approx(1e-4)  # after exactly the steps run
     for a, b in zip(ours.fields.parameters(), field.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
+    task = image_task([folder / "0.png"])
+    optim = load_config(FitConfig, None, ["optim.name=muon", "optim.betas=[0.5, 0.6]", "optim.eps=0.1"]).optim
+    groups = make_fit_optimizer(fields_for(SMALL, task, seed=3), optim).param_groups
+    assert [(group["betas"], group["eps"]) for group in groups if not group["use_muon"]] == [((0.5, 0.6), 0.1)]
+    assert all("betas" not in group and group["eps"] == 1e-7 for group in groups if group["use_muon"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "exponential"}, "optim.schedule=exponential never reaches zero: set optim.lr_min"),
+        ({"betas": (0.9, 1.0)}, r"optim.betas are \(0.9, 1.0\); they must lie in \[0, 1\)"),
+        ({"eps": 0.0}, "optim.eps is 0.0; it must be positive"),
+        ({"name": "lbfgs", "eps": 1e-15}, "leave out optim.betas and optim.eps"),
+    ],
+)
+def test_settings_of_the_optimizer_that_will_not_do(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FitOptimConfig(**options)
 
 
 @pytest.mark.parametrize("name", ["adam", "muon", "lbfgs"])
@@ -93,9 +124,9 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None
     whole = fitted(task, optim)
     first = SignalFit(task, fields_for(SMALL, task, seed=3), optim, 3, evaluations=3)
     first.run(lambda: first.step == 5, lambda _: None, lambda: None)
-    first.save(folder / "checkpoint.safetensors")
+    GroupedFit({"": first}).save(folder / "checkpoint.safetensors")
     second = SignalFit(task, fields_for(SMALL, task, seed=99), optim, 3, evaluations=3)
-    second.restore(folder / "checkpoint.safetensors")
+    GroupedFit({"": second}).restore(folder / "checkpoint.safetensors")
     second.run(lambda: False, lambda _: None, lambda: None)
     for a, b in zip(whole.fields.parameters(), second.fields.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -103,15 +134,16 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None
 
 
 def test_files_that_are_no_checkpoint_are_refused(folder: Path) -> None:
-    fit = fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=2))
+    fit = GroupedFit({"": fitted(image_task([folder / "0.png"]), FitOptimConfig(steps=2))})
     path = folder / "checkpoint.safetensors"
     fit.save(path)
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
-        content = json.loads(file.metadata()["fit"])
-    less = {name: value for name, value in tensors.items() if name != "optimizer.0.exp_avg"}
+        [content] = json.loads(file.metadata()["fits"])
+    less = {name: value for name, value in tensors.items() if name != "0.optimizer.0.exp_avg"}
+    assert len(less) < len(tensors)
     for saved, metadata in ((tensors, None), (less, content), (tensors, {**content, "curve": 0, "moments": []})):
-        save_file(saved, path, metadata=metadata and {"fit": json.dumps(metadata)})
+        save_file(saved, path, metadata=metadata and {"fits": json.dumps([metadata])})
         with pytest.raises(InputError, match="is damaged, or of another fit"):
             fit.restore(path)
 
@@ -234,13 +266,20 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["signal.path=/no/such.png"], "There is no file /no/such.png"),
-        ([], "signal.path is missing"),
+        ([], "signal.path is missing: .*such as signal.path=photo.png"),
+        (["signal.path=[a.png,b.png]"], "it is one file, a folder or a glob"),
+        (["signal={folder}/0.png"], "is no setting; the signal to fit is given as signal.path=.*0.png"),
+        (["{folder}/0.png"], "is no setting; the signal to fit is given as signal.path=.*0.png"),
+        (["signal.path=https://a.b/c.png"], "fetch it first"),
+        (["signal.path={folder}/*.gif"], "There is no file that matches .*gif"),
+        (["optim.speed=3"], "Key 'speed' not in 'FitOptimConfig'; there are name, lr, "),
         (["signal.path={folder}/0.png", "signal.hight=3"], "Did you mean: 'high'"),
         (["signal.path={folder}/0.png", "task=imgae"], "task is 'imgae'; there are image"),
         (["signal.path={folder}/text.png"], "not an image that can be read"),
-        (["signal.path={folder}/empty"], "holds no file that ends in"),
-        (["signal.path={folder}/0.png", "signal.crop=400"], "signal.crop is 400; the picture is 20 x 24"),
-        (["signal.path={folder}/[01]*.png"], "10.png is 9 x 9 and .*0.png is 20 x 24"),
+        (["signal.path={folder}/empty"], "holds no file that ends in .*npy.$"),
+        (["signal.path={folder}/outer"], r"holds no file .* are signal.path='.*outer/\*\*/\*.png'"),
+        (["signal.path={folder}/0.png", "signal.glitter=3"], "not in 'Options'; there are grey, crop, "),
+        (["signal.path={folder}/0.png", "signal.crop=400"], "is 400; the picture is 20 x 24, of which 1 to 20 can"),
         (["signal.path={folder}/0.png", "task=poisson", "field.mlp.activation.name=relu", "signal.given=laplacian"],
          "derivatives of order 2"),
         (["signal.path={folder}/0.png", "task=super_resolution", "optim.points=3"], "leave out optim.points"),
@@ -257,9 +296,16 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
 def test_bad_input_gets_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "text.png").write_text("no picture")
     (folder / "empty").mkdir()
+    (folder / "outer/inner").mkdir(parents=True)
+    Image.fromarray(picture(0)).save(folder / "outer/inner/0.png")
     Image.fromarray(picture(0, 9, 9)).save(folder / "10.png")
     with pytest.raises(InputError, match=message):
         run(*(item.format(folder=folder) for item in arguments), f"run.dir={folder / 'run'}")
+
+
+def test_a_fit_that_is_not_there_cannot_be_resumed(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"is not a run directory .*train.fit make"):
+        main(["--resume", f"run.dir={folder / 'run'}"])
 
 
 def test_every_task_goes_through_the_program(folder: Path) -> None:

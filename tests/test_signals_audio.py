@@ -186,7 +186,6 @@ def test_the_program_leaves_sounds_and_pictures(folder: Path) -> None:
         (["signal.path={folder}/[0s]*.wav", "signal.channel=all"], "stereo.wav has 2 channels .* a mix of mono and"),
         (["signal.path={folder}/nothing*"], "There is no file"),
         (["signal.path={folder}/0.wav", "signal.seconds=9"], "lasts 0.50 s; signal.start=0 and signal.seconds=9.0"),
-        (["signal.path={folder}/*.flac"], "1600 samples and .* has 4000; .* set signal.seconds"),
         (["signal.path={folder}/*.flac", "signal.rate=0"], "signal.rate is 0"),
         (["signal.path={folder}/r*.ogg"], "16000 samples a second and .* has 8000; set signal.rate"),
         (["signal.path={folder}/silence.aiff"], "is silent"),

@@ -186,7 +186,6 @@ def test_a_noisy_scan_of_a_smooth_slice(folder: Path) -> None:
         (["signal.path=pydicom:CT_small", "signal.views=0"], "signal.views must be at least 1"),
         (["signal.path=pydicom:CT_small", "signal.sigma=-1"], "signal.sigma and signal.readout cannot be negative"),
         (["signal.path=pydicom:CT_small", "signal.photons=9", "signal.sigma=1"], "instead of signal.sigma"),
-        (["signal.path={folder}/*.png"], "b.png is 9 pixels wide and .*a.png 12"),
         (["signal.path={folder}/a.png"], "is black inside the disc"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Fit one signal, or many of one shape, with any field and optimizer, and leave what people can see and hear.
+"""Fit one signal, or many, with any field and optimizer, and leave what people can see and hear.
 
 python -m train.fit --config configs/fit/image.yaml signal.path=photo.png field.mlp.activation.name=finer
 python -m train.fit --config configs/fit/image.yaml signal.path='pictures/*.png' optim.name=muon
@@ -7,8 +7,11 @@ python -m train.fit --config F.yaml --print-config                the resolved c
 python -m train.fit --config F.yaml --debug                       seconds on the CPU, through everything
 python -m train.fit --resume run.dir=runs/NAME                    go on where an interrupted fit stopped
 
-Writes RUN/result.json, metrics.jsonl, field/ (`mwt.fields.load_field`), reconstruction/, curves.png, ranks.png and
-progress.gif. The signals of a folder or a glob have one shape and are fitted as one batch, each as if alone.
+Writes RUN/result.json, metrics.jsonl, field/ and best_field/ (`mwt.fields.load_field`; as the fit ended, and as each
+signal was at its best), reconstruction/ of the former, curves.png, ranks.png and progress.gif.
+
+The signals of a folder or a glob are fitted as one batch, each as if alone. Those of several shapes, such as portrait
+and landscape, are one batch a shape, step by step together; their fields lie in field/SHAPE and best_field/SHAPE.
 """
 
 from __future__ import annotations
@@ -17,29 +20,34 @@ import argparse
 import sys
 import time
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mwt import runtime
+from mwt.checkpoint import check_run_directory
 from mwt.config_files import config_yaml, list_configs, load_config, read_options
 from mwt.errors import InputError
 from mwt.fields import save_field
 from mwt.fit_config import FIT_DEBUG, FitConfig
-from mwt.fit_report import Film, curve_figure, result, result_table
+from mwt.fit_groups import GroupedFit
+from mwt.fit_report import Film, curve_figure, result, result_table, shape_folder
 from mwt.fitting import SignalFit, fields_for
 from mwt.peak_memory import PeakMemory
 from mwt.plots import figure_png
 from mwt.rank import RankTracker, rank_figure
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json
-from mwt.signals import TASKS, Evaluation, Task, signal_paths
+from mwt.signals import TASKS, Evaluation, Task, make_tasks, signal_paths
 from mwt.tracking import MetricsLog
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "fit"
 MAY_CHANGE = {"run": {"dir", "device", "threads", "checkpoint_minutes"}}
 """What a resumed fit may set otherwise."""
+SHAPES = 6
+"""Shapes of signals that are named before a fit."""
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FitConfig]:
@@ -53,11 +61,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FitConfig]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any value of the configuration")
     arguments = parser.parse_intermixed_args(argv)
     overrides = list(arguments.overrides)
+    for item in overrides:
+        given = item.removeprefix("signal=")
+        if "=" not in given and "{" not in given and (given != item or Path(item).exists()):
+            raise InputError(f"{item!r} is no setting; the signal to fit is given as signal.path={given}")
     if arguments.debug and not any(item.startswith("run.dir=") for item in overrides):
         overrides = ["run.dir=runs/debug", *overrides]
     path = arguments.config
     if arguments.resume and path is None:  # the run knows its configuration
-        path = Path(load_config(FitConfig, None, overrides).run.dir) / "config.yaml"
+        run = Path(load_config(FitConfig, None, overrides).run.dir)
+        check_run_directory(run)
+        path = run / "config.yaml"
     config = load_config(FitConfig, path, overrides)
     if not arguments.debug:
         return arguments, config
@@ -66,44 +80,65 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FitConfig]:
     return arguments, load_config(FitConfig, path, [*added, *overrides])
 
 
-def make_task(config: FitConfig, device: torch.device) -> Task:
-    """The signals as the task reads them."""
+def read_tasks(config: FitConfig, device: torch.device) -> dict[str, Task]:
+    """The signals as the task reads them, by their shapes."""
     if config.task not in TASKS:
         raise InputError(f"task is {config.task!r}; there are {', '.join(TASKS)}.")
     kind = TASKS[config.task]
     options = dict(config.signal)
     path = options.pop("path", None)
     if not path:
-        raise InputError("signal.path is missing: the file, folder or glob of the signal to fit.")
+        raise InputError(
+            "signal.path is missing: the file, folder or glob of the signal to fit, such as signal.path=photo.png. "
+            "Configs with a signal of their own: --list."
+        )
+    if isinstance(path, (list, dict)):
+        raise InputError(f"signal.path is {path}; it is one file, a folder or a glob, such as 'photos/*.png'.")
     paths = signal_paths(str(path), kind)
     if len(paths) > 1 and not kind.several:
         raise InputError(f"task={config.task} fits one signal at a time; {path} holds {len(paths)}.")
-    return kind(paths, read_options(kind.Options, options, f"signal of task={config.task}"), device)
+    read = read_options(kind.Options, options, f"signal of task={config.task}, beside path")
+    return make_tasks(kind, paths, read, device)
 
 
-def describe(config: FitConfig, task: Task, going: SignalFit) -> None:
+def make_fits(config: FitConfig, device: torch.device) -> GroupedFit:
+    """Signals and their fields, at the first step."""
+    fits = {}
+    for shape, task in read_tasks(config, device).items():
+        fields = fields_for(config.field, task, seed=config.run.seed).to(device)
+        ranks = RankTracker(fields) if config.run.ranks and fields.muon_parameters() else None
+        fits[shape] = SignalFit(task, fields, config.optim, config.run.seed, config.run.evaluations, ranks)
+    return GroupedFit(fits)
+
+
+def describe(config: FitConfig, going: GroupedFit) -> None:
     """What is about to happen, in a few lines."""
-    size = " x ".join(map(str, task.frame.size or ())) or f"{task.points:,} points"
-    several = f"{task.count} signals at once, " if task.count > 1 else ""
-    print(f"signal    {task.names[0]}{', …' * (task.count > 1)}: {several}{config.task}, {size}")
-    points = (
-        f"{min(config.optim.points, task.points):,} of {task.points:,}"
-        if config.optim.points
-        else f"all {task.points:,}"
-    )
-    cost = f"{going.fields.num_parameters:,} parameters, {going.fields.macs_per_point():,.0f} multiply-adds a point"
-    detail = f"; {going.fields.detail}" if going.fields.detail else ""
-    print(f"field     {config.field.name}: {cost}{detail}")
-    rates = ", ".join(f"{rate:.3g}" for rate in going.rates)
+    first, several = going.first, len(going.names) > 1
+    sizes = [
+        (f"{fit.task.count} of " if len(going.fits) > 1 else "")
+        + (" x ".join(map(str, fit.task.frame.size or ())) or f"{fit.task.points:,} points")
+        for fit in going.fits.values()
+    ]
+    shown = f"{', '.join(sizes[:SHAPES])}{f' and {len(sizes) - SHAPES} more shapes' * (len(sizes) > SHAPES)}"
+    many = f"{len(going.names)} signals at once, " if several else ""
+    print(f"signal    {going.names[0]}{', …' * several}: {many}{config.task}, {shown}")
+    fields, total = first.fields, first.task.points
+    if len(going.fits) > 1:
+        points = f"{config.optim.points:,}" if config.optim.points else "all"
+    else:
+        points = f"{min(config.optim.points, total):,} of {total:,}" if config.optim.points else f"all {total:,}"
+    cost = f"{fields.num_parameters:,} parameters, {fields.macs_per_point():,.0f} multiply-adds a point"
+    print(f"field     {config.field.name}: {cost}{f'; {fields.detail}' if fields.detail else ''}")
+    rates = ", ".join(f"{rate:.3g}" for rate in first.rates)
     print(f"fit       {config.optim.steps:,} steps of {config.optim.name} (rates {rates}), {points} points a step")
     for name, metrics in going.baselines.items():
         print(f"baseline  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     print(f"run       {config.run.dir}" + (f", going on at step {going.step}" if going.step else ""), flush=True)
 
 
-def fit(going: SignalFit, config: FitConfig, *, stop: StopRequested) -> bool:
+def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
     """Fit under a progress bar, with the running metric; saves now and then, and when stopped. Whether it is done."""
-    run, metric = Path(config.run.dir), going.task.metric
+    run, metric = Path(config.run.dir), going.metric
     checkpoint, film = run / "checkpoint.safetensors", Film(run / "film") if config.run.film else None
     saved = time.monotonic()
     with (
@@ -139,25 +174,27 @@ def fit(going: SignalFit, config: FitConfig, *, stop: StopRequested) -> bool:
     return going.finished
 
 
-def conclude(going: SignalFit, config: FitConfig, peak_memory: int) -> None:
+def conclude(going: GroupedFit, config: FitConfig, peak_memory: int) -> None:
     """Write everything that a fit leaves, and say what came of it."""
-    run, task, fields = Path(config.run.dir), going.task, going.fields
-    save_field(fields, task.frame, run / "field")
+    run, files = Path(config.run.dir), []
     folder = run / "reconstruction"
     folder.mkdir(exist_ok=True)
-    files = task.write(fields, folder)
+    for shape, own in going.fits.items():
+        save_field(own.fields, own.task.frame, shape_folder(run / "field", shape))
+        save_field(own.best.field(own.fields), own.task.frame, shape_folder(run / "best_field", shape))
+        files += own.task.write(own.fields, folder)
     if config.run.curves:
-        (run / "curves.png").write_bytes(figure_png(curve_figure(going.curve, task.metric)))
-    if going.ranks is not None:
-        (run / "ranks.png").write_bytes(figure_png(rank_figure({config.optim.name: going.ranks.rows})))
-        write_json(run / "ranks.json", going.ranks.as_json())
+        (run / "curves.png").write_bytes(figure_png(curve_figure(going.curve, going.metric)))
+    if going.ranks:
+        (run / "ranks.png").write_bytes(figure_png(rank_figure({config.optim.name: going.ranks})))
+        write_json(run / "ranks.json", [asdict(row) for row in going.ranks])
     if config.run.film:
         Film(run / "film").write(run / "progress.gif")
     cpu_seconds = round(time.process_time(), 2)
     write_json(run / "result.json", {**result(going, config), "peak_memory": peak_memory, "cpu_seconds": cpu_seconds})
     (run / "checkpoint.safetensors").unlink(missing_ok=True)
     print(f"\n{result_table(going)}\n")
-    print(f"Written: {run}/result.json, field/ and {', '.join(str(f.relative_to(run)) for f in files[:4])}"
+    print(f"Written: {run}/result.json, field/, best_field/ and {', '.join(str(f.relative_to(run)) for f in files[:4])}"
           + (", …" if len(files) > 4 else ""))  # fmt: skip
 
 
@@ -177,10 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(config.run.threads)
     memory = PeakMemory(device)
     with StopRequested() as stop:
-        task = make_task(config, device)
-        fields = fields_for(config.field, task, seed=config.run.seed).to(device)
-        ranks = RankTracker(fields) if config.run.ranks and fields.muon_parameters() else None
-        going = SignalFit(task, fields, config.optim, config.run.seed, config.run.evaluations, ranks)
+        going = make_fits(config, device)
         open_run_directory(
             config, arguments.overrides, resuming=arguments.resume, debug=arguments.debug, program="train.fit",
             may_change=MAY_CHANGE,
@@ -191,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.resume and (Path(config.run.dir) / "result.json").is_file():
             print(f"{config.run.dir} is finished.")
             return 0
-        describe(config, task, going)
+        describe(config, going)
         if not fit(going, config, stop=stop):
             return stop.exit_status
     conclude(going, config, memory.read())

@@ -49,7 +49,8 @@ Sources and differences between papers and codes:
 * wire_real: with a sine, as in the code of McGinnis et al. 2025 (Muon); WIRE's own real variant has a cosine.
 * spder: Shah and Sitawarin 2023. The second derivative is infinite where z = 0; here it is cut off (see `Spder`).
 * hosc: Serrano et al. 2024, with beta 8 as in public reimplementations. omega 30 and SIREN's weights are our choice.
-* incode: Kazerouni et al. 2024 predict a, b, c, d from the signal itself; here, as in NeAF, they are learned numbers.
+* incode: Kazerouni et al. 2024 predict a, b, c, d by a network (`field.name=harmonized`); here, as in NeAF, they are
+  learned numbers.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from mwt.config_checks import require
 from mwt.errors import InputError
 from mwt.fields.config_asmr import ASMRConfig
+from mwt.fields.config_harmonized import HarmonizedConfig
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 
@@ -209,6 +210,7 @@ class FieldConfig:
     tiled: TiledConfig = field(default_factory=TiledConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     asmr: ASMRConfig = field(default_factory=ASMRConfig)
+    harmonized: HarmonizedConfig = field(default_factory=HarmonizedConfig)
 
 
 def per_axis(values: tuple[T, ...], dims: int, key: str) -> list[T]:

@@ -55,6 +55,10 @@ class Field(nn.Module):
         """The matrices between hidden layers, which Muon may train; everything else is Adam's."""
         return []
 
+    def penalty(self) -> Tensor | None:
+        """What a fit adds to the loss of each network [*N] so that its parameters stay sensible; None: nothing."""
+        return None
+
     def split(self, coords: Tensor, at_once: int) -> tuple[Tensor, ...]:
         """Coordinates [*N, P, D] in parts, one after the other, each to be evaluated with bounded memory."""
         return coords.split(at_once, dim=-2)

@@ -92,6 +92,11 @@ def _read_architecture(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
+        inside = sorted(str(found.parent) for found in path.parent.glob(f"*/{ARCHITECTURE}"))
+        if inside:
+            raise InputError(
+                f"{path.parent} holds fields of several shapes: load one of {', '.join(inside)}."
+            ) from error
         raise InputError(f"{path} is missing; `save_field` writes it.") from error
     except ValueError as error:
         raise InputError(f"{path} is not readable as JSON ({error}).") from error

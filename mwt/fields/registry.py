@@ -13,6 +13,7 @@ from mwt.fields.experts import LevelsOfExperts
 from mwt.fields.field import Field
 from mwt.fields.frame import Frame
 from mwt.fields.grid import Grid
+from mwt.fields.harmonized import HarmonizedSiren
 from mwt.fields.hash_grid import HashGrid
 from mwt.fields.kan import KAN
 from mwt.fields.layers import Initializer
@@ -32,6 +33,7 @@ FIELDS: dict[str, FieldClass] = {
     "tiled": Tiled,
     "experts": LevelsOfExperts,
     "asmr": ASMR,
+    "harmonized": HarmonizedSiren,
 }
 
 ON_SAMPLES = frozenset({"asmr"})

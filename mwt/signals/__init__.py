@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 
 from mwt.errors import InputError
@@ -13,7 +13,7 @@ from mwt.signals.poisson import PoissonTask
 from mwt.signals.radiance import RadianceTask
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 from mwt.signals.shape import ShapeTask
-from mwt.signals.task import Evaluation, Sampler, Task
+from mwt.signals.task import Evaluation, Sampler, Task, make_tasks
 from mwt.signals.tomography import TomographyTask
 from mwt.signals.video import VideoTask
 
@@ -50,17 +50,23 @@ def signal_paths(text: str, task: type[Task]) -> list[Path]:
         return [skimage_picture(text.removeprefix(SKIMAGE))]
     if text.startswith(PYDICOM):
         return [pydicom_file(text.removeprefix(PYDICOM))]
+    if "://" in text:
+        raise InputError(
+            f"signal.path is {text}; fetch it first: a signal is a file, a folder or a glob on this machine."
+        )
     path = Path(text).expanduser()
     if path.is_dir() and not task.takes_folder:
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in task.endings)
         if not found:
-            raise InputError(f"{path} holds no file that ends in {', '.join(task.endings)}.")
+            below = next((p for p in sorted(path.glob("*/**/*")) if p.suffix.lower() in task.endings), None)
+            hint = f" Those of its folders are signal.path='{path}/**/*{below.suffix}'." if below else ""
+            raise InputError(f"{path} holds no file that ends in {', '.join(task.endings)}.{hint}")
         return found
     if path.exists():
         return [path]
     found = sorted(Path(p) for p in glob(str(path), recursive=True) if Path(p).is_file())
     if not found:
-        raise InputError(f"There is no file {path}" + (", and nothing matches it." if "*" in text else "."))
+        raise InputError(f"There is no file {'that matches ' if has_magic(text) else ''}{path}.")
     return found
 
 
@@ -84,4 +90,4 @@ def skimage_picture(name: str) -> Path:
     raise InputError(f"scikit-image has no picture {name!r} at hand; there are {', '.join(p.stem for p in found)}.")
 
 
-__all__ = ["TASKS", "Evaluation", "Sampler", "Task", "list_tasks", "signal_paths"]
+__all__ = ["TASKS", "Evaluation", "Sampler", "Task", "list_tasks", "make_tasks", "signal_paths"]

@@ -118,8 +118,8 @@ def resample(sound: Float[np.ndarray, "T C"], rate: int, wanted: int) -> Float[n
     return resampled
 
 
-def read_sounds(paths: Sequence[Path], options: AudioOptions) -> tuple[Float[Tensor, "N T C"], int]:
-    """Several sounds of one length, rate and number of channels.
+def read_sounds(paths: Sequence[Path], options: AudioOptions) -> tuple[list[Float[Tensor, "T C"]], int]:
+    """Several sounds of one rate and number of channels.
 
     Raises:
         InputError: as of `read_sound`, or they differ; names the file and what to set.
@@ -130,18 +130,13 @@ def read_sounds(paths: Sequence[Path], options: AudioOptions) -> tuple[Float[Ten
         if other.shape[1] != sound.shape[1]:
             raise InputError(
                 f"{path} has {other.shape[1]} channels and {paths[0]} has {sound.shape[1]}: a mix of mono and stereo. "
-                "Sounds that are fitted together have equally many; signal.channel=mono makes one of all."
+                "Sounds of one run have equally many; signal.channel=mono makes one of all."
             )
         if other_rate != rate:
             raise InputError(
                 f"{path} has {other_rate} samples a second and {paths[0]} has {rate}; set signal.rate for all."
             )
-        if len(other) != len(sound):
-            raise InputError(
-                f"{path} has {len(other)} samples and {paths[0]} has {len(sound)}; sounds that are fitted together "
-                "are equally long: set signal.seconds."
-            )
-    return torch.stack([sound for sound, _ in found]), rate
+    return [sound for sound, _ in found], rate
 
 
 # ---- how good a sound is ---------------------------------------------------------------------------------------------
@@ -207,10 +202,22 @@ class AudioTask(Task):
     class Options(AudioOptions):
         """Those of all sounds."""
 
+    @classmethod
+    def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
+        """Samples and channels. Rates and channels are one for all: a mix is more often a mistake than meant."""
+        return [tuple(sound.shape) for sound in read_sounds(paths, options)[0]]
+
     def __init__(self, paths: Sequence[Path], options: AudioOptions, device: torch.device) -> None:
         if options.extent <= 0:
             raise InputError(f"signal.extent is {options.extent}; it must be positive.")
-        sounds, self.rate = read_sounds(paths, options)
+        found, self.rate = read_sounds(paths, options)
+        for path, sound in zip(paths, found, strict=True):
+            if len(sound) != len(found[0]):
+                raise InputError(
+                    f"{path} has {len(sound)} samples and {paths[0]} has {len(found[0])}; sounds of one batch are "
+                    "equally long: set signal.seconds."
+                )
+        sounds = torch.stack(found)
         samples, self.channels = sounds.shape[1:]
         if samples > LARGEST:
             raise InputError(

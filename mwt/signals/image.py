@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
-from mwt.signals.pictures import PICTURES, error_map, psnr, read_pictures, ssim, to_bytes, write_picture
+from mwt.signals.pictures import PICTURES, error_map, psnr, read_picture, read_pictures, ssim, to_bytes, write_picture
 from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 
@@ -64,7 +65,9 @@ def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor
         return pictures
     height, width = pictures.shape[1:3]
     if not 1 <= size <= min(height, width):
-        raise InputError(f"signal.crop is {size}; the picture is {height} x {width}.")
+        raise InputError(
+            f"signal.crop is {size}; the picture is {height} x {width}, of which 1 to {min(height, width)} can be used."
+        )
     top, left = (height - size) // 2, (width - size) // 2
     return pictures[:, top : top + size, left : left + size]
 
@@ -87,6 +90,12 @@ class ImageTask(Task):
         self.options = options
         self.between = self.between or options.scale > 1
         self.set_truth(pictures)
+
+    @classmethod
+    def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
+        """Height, width and channels, as they are after cropping."""
+        found = [tuple(read_picture(path, grey=options.grey).shape) for path in paths]
+        return found if options.crop is None else [(options.crop, options.crop, channels) for _, _, channels in found]
 
     def set_truth(self, pictures: Float[Tensor, "N h w C"]) -> None:
         """Everything that follows from the pictures."""

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
 
 def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
     """Each metric's mean over the signals."""
-    return {name: float(values.mean()) for name, values in metrics.items()}
+    return {name: fmean(values.tolist()) for name, values in metrics.items()}
 
 
 class Task(ABC):
@@ -65,6 +66,15 @@ class Task(ABC):
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """What `signal.KEY` may hold beside `signal.path`."""
+
+    @classmethod
+    def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
+        """The shape of each file's signal, where signals of one batch must have one; here any go together.
+
+        Raises:
+            InputError: files that cannot be read, or that do not belong into one run whatever their shapes.
+        """
+        return [()] * len(paths)
 
     @abstractmethod
     def __init__(self, paths: Sequence[Path], options: Any, device: torch.device) -> None:
@@ -112,6 +122,28 @@ class Task(ABC):
     def facts(self) -> dict[str, Any]:
         """What a result file says of the signal."""
         return {"signals": self.count, "points": self.points, "size": self.frame.size}
+
+
+def make_tasks(kind: type[Task], paths: Sequence[Path], options: Any, device: torch.device) -> dict[str, Task]:
+    """The signals of a run, one task for each of their shapes ("512x768x3"; "" where there is one).
+
+    Shapes come in the order of the files, so that the first file's signal is the first of the first task.
+
+    Raises:
+        InputError: a file or an option that will not do.
+    """
+    if len(paths) == 1:
+        return {"": kind(paths, options, device)}
+    batches: dict[tuple[int, ...], list[Path]] = {}
+    for path, shape in zip(paths, kind.shapes(paths, options), strict=True):
+        batches.setdefault(shape, []).append(path)
+    names = dict(zip(paths, signal_names(paths), strict=True))
+    tasks = {}
+    for shape, batch in batches.items():
+        task = kind(batch, options, device)
+        task.names = tuple(names[path] for path in batch)  # which differ over all batches
+        tasks["x".join(map(str, shape)) if len(batches) > 1 else ""] = task
+    return tasks
 
 
 def predict(fields: Field, coords: Float[Tensor, "P D"] | Float[Tensor, "N P D"]) -> Float[Tensor, "N P C"]:

@@ -161,6 +161,11 @@ class TomographyTask(ImageTask):
 
     options: Options
 
+    @classmethod
+    def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
+        """Height, width and channels of the squares."""
+        return [tuple(read_slice(path, options).shape) for path in paths]
+
     def __init__(self, paths: Sequence[Path], options: Options, device: torch.device) -> None:
         if options.views < 1 or (options.samples is not None and options.samples < 2):
             raise InputError("signal.views must be at least 1 and signal.samples at least 2, or null.")
