@@ -99,6 +99,8 @@ class SignalFit:
     """One entry an evaluation."""
     best: Row = field(default_factory=dict)
     """The entry with the best `task.metric`."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Of each signal, at the last evaluation of this run; empty before."""
     seconds: float = 0.0
     """Spent in steps; evaluations are left out."""
 
@@ -199,6 +201,7 @@ class SignalFit:
         found = self.task.evaluate(self.fields)
         row = {"step": self.step, "seconds": round(self.seconds, 3), "loss": loss, **means(found.metrics)}
         self.curve.append(row)
+        self.metrics = found.metrics
         if not self.best or row[self.task.metric] > self.best[self.task.metric]:
             self.best = row
         if self.ranks is not None:
