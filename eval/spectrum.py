@@ -138,8 +138,8 @@ def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[l
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
     if left_out:
-        rows = [[name, why] for name, why in left_out.items()]
-        sections.append(section("Left out", "Fields of the grid without a kernel.", table(["field", "why"], rows)))
+        why = table(["field", "why"], list(left_out.items()))
+        sections.append(section("Left out", "Fields of the grid without a kernel.", why))
     return sections, {"grid": numbers, "left_out": left_out, "unfinished": unfinished}
 
 

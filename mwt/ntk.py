@@ -169,7 +169,9 @@ def spectrum(matrix: Float[Tensor, "P P"]) -> Spectrum:
         TrainingError: numbers that are not finite.
     """
     if not bool(matrix.isfinite().all()):
-        raise TrainingError("The kernel holds numbers that are not finite, as the field's weights or its derivatives do.")
+        raise TrainingError(
+            "The kernel holds numbers that are not finite, as the field's weights or its derivatives do."
+        )
     matrix = matrix.double()
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return Spectrum(values=values.flip(0).clamp_min(0), vectors=vectors.flip(1))

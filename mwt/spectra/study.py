@@ -111,8 +111,8 @@ def look(
     matrix = ntk.kernel(fields, coords, memory=memory * 2**20)
     try:
         found = ntk.spectrum(matrix)
-    except TrainingError as error:
-        raise TrainingError(f"At step {step}: {error}") from error
+    except TrainingError as problem:
+        raise TrainingError(f"At step {step}: {problem}") from problem
     power = ntk.power_by_frequency(found.vectors, size)  # each column sums to 1
     orders = torch.arange(len(power), dtype=power.dtype, device=power.device)
     summary = found.summary()
