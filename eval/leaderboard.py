@@ -122,10 +122,11 @@ def heat_map(board: Board) -> str:
     """Models by tasks: the metric, and as the colour's depth the share of the task's models that are not better."""
     counts = {task: sum(place[1] == task for place in board.ranks) for task in board.tasks}
     head, *lines = overview_lines(board)
-    titles = [head[0], head[1], *(f"{task.replace('_', ' ')}, {board.metric_name(task)}" for task in board.tasks)]
+    titles = [*head[:3], *(f"{task.replace('_', ' ')}, {board.metric_name(task)}" for task in board.tasks)]
     rows = []
-    for model, mean_rank, *words in lines:
+    for model, mean_rank, count, *words in lines:
         cells = [cell(model), cell(mean_rank, board.mean_rank(model), number=True)]
+        cells.append(cell(count, len(board.places(model)), number=True))
         for task, word in zip(board.tasks, words, strict=True):
             rank = board.ranks.get((model, task))
             share = None if rank is None else 1 - (rank - 1) / max(1, counts[task] - 1)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mwt import runtime
 from mwt.config_files import config_yaml, load_config
-from mwt.errors import InputError
+from mwt.errors import InputError, TrainingError
 from mwt.page import chart, charts, section, table
 from mwt.plots import Line
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json, write_text
@@ -122,10 +122,12 @@ def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[l
     for i, model in enumerate(tqdm(found, unit="kernel", dynamic_ncols=True, disable=None)):
         try:
             looks[i] = first_look(model.config, model.frame, model.channels, config.run, seed=model.seed)
-        except InputError as error:
+        except (InputError, TrainingError) as error:
             left_out[f"{model.task}: {model.name}"] = str(error)
     for task in dict.fromkeys(model.task for model in found):
         chosen = [i for i, model in enumerate(found) if model.task == task and i in looks]
+        if not chosen:
+            continue
         names, values = [found[i].name for i in chosen], [found[i].metric for i in chosen]
         rows = correlations([looks[i].summary for i in chosen], values)
         print(f"\n{task}: the spectrum before the fit and the metric after it, over {len(chosen)} models\n")
@@ -135,12 +137,19 @@ def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[l
         numbers[task] = {"correlations": rows, "models": own}
     for name, why in left_out.items():
         print(f"left out: {name}: {why}")
+    if left_out:
+        why = table(["field", "why"], list(left_out.items()))
+        sections.append(section("Left out", "Fields of the grid without a kernel.", why))
     return sections, {"grid": numbers, "left_out": left_out, "unfinished": unfinished}
 
 
 def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """A run of `train.fit`: its kernel at the beginning and in the end."""
-    looks, energy = run_looks(run, config.run, device)
+    """A run of `train.fit`: its kernel at the beginning and in the end, or that one of them is not finite."""
+    try:
+        looks, energy = run_looks(run, config.run, device)
+    except TrainingError as error:
+        print(f"\n{run.folder} ({run.name}): not finite: {error}")
+        return section(run.name, f"{run.folder}: not finite: {error}"), {"run": str(run.folder), "problem": str(error)}
     names = {"at the beginning": looks[0], "in the end": looks[1]}
     keys = list(looks[0].summary)
     rows = [[name, *(number(found.summary[key]) for key in keys)] for name, found in names.items()]
@@ -183,7 +192,12 @@ def main(argv: list[str] | None = None) -> int:
             if stop.signal is not None:
                 return stop.exit_status
         about = f"{len(studies)} models, {config.optim.steps:,} steps of {config.optim.name} on {config.signal.name}."
+        if without := sum(bool(item.problem) for item in studies):
+            about += f" {without} of them came to nothing: the last column of the table says what, their sections why."
         print(as_text(study_table(studies)))
+        for item in studies:
+            if item.problem:
+                print(f"{item.name}: {item.problem}")
         sections, content["correlations"] = model_links(studies, arguments.metric or "psnr")
         content["models"] = [item.as_json() for item in studies]
         content["held_out_from"] = None if limit == float("inf") else limit

@@ -14,7 +14,6 @@ from mwt.fit_config import FitConfig
 from mwt.fit_groups import GroupedFit
 from mwt.fitting import Row
 from mwt.plots import curves_figure
-from mwt.signals.pictures import write_picture
 
 LARGEST = 384
 """Pixels along the longer side of the film."""
@@ -30,8 +29,11 @@ class Film:
         self.folder = folder
 
     def add(self, step: int, picture: UInt8[Tensor, "C h w"]) -> None:
-        """Keep the picture of a step."""
-        write_picture(self.folder / f"{step:08d}.png", picture)
+        """Keep the picture of a step, as small as it will be in the GIF."""
+        array = (picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)).contiguous().numpy()
+        factor = min(1.0, LARGEST / max(array.shape[:2]))
+        width, height = (max(1, round(side * factor)) for side in array.shape[1::-1])
+        Image.fromarray(array).resize((width, height), Image.Resampling.BOX).save(self.folder / f"{step:08d}.png")
 
     def write(self, path: Path) -> None:
         """All frames as a GIF, a quarter of a second each, the last for two; the frames are removed."""
@@ -39,8 +41,7 @@ class Film:
         frames = []
         for file in files:
             with Image.open(file) as image:
-                factor = min(1.0, LARGEST / max(image.size))
-                frames.append(image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BOX))
+                frames.append(image.copy())
         if frames:
             times = [250] * (len(frames) - 1) + [2000]
             frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)

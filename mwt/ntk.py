@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call, jacrev, vjp, vmap
 
-from mwt.errors import InputError
+from mwt.errors import InputError, TrainingError
 from mwt.fields.field import Field
 from mwt.fields.layers import BatchNorm
 from mwt.fields.tiled import TileLinear
@@ -166,10 +166,12 @@ def spectrum(matrix: Float[Tensor, "P P"]) -> Spectrum:
     """The eigenvalues of a symmetric kernel in float64; what rounding makes negative is 0.
 
     Raises:
-        InputError: numbers that are not finite.
+        TrainingError: numbers that are not finite.
     """
     if not bool(matrix.isfinite().all()):
-        raise InputError("The kernel holds numbers that are not finite: the field's weights or its derivatives are.")
+        raise TrainingError(
+            "The kernel holds numbers that are not finite, as the field's weights or its derivatives do."
+        )
     matrix = matrix.double()
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     return Spectrum(values=values.flip(0).clamp_min(0), vectors=vectors.flip(1))

@@ -860,6 +860,16 @@ def test_rows_of_table_7_that_differ_in_the_reader_share_their_reconstruction() 
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_columns_read_the_folders_that_programs_write(path: Path) -> None:
+    """A stage without a run directory of its own writes into that of an earlier one, whose the column is."""
+    grid = load_grid(path)
+    for name, column in grid.columns.items():
+        for stage in column.stage.split("|") if column.file else ():
+            options = grid.stages[stage]
+            assert any("{dir}" in word for word in (*options.arguments, *options.overrides)), (name, stage)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_a_grid_s_header_names_the_commands_the_data_and_the_time(path: Path) -> None:
     lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
     command = f"python -m eval.grid --config configs/grids/{path.name}"

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from eval import spectrum
 from eval.spectrum import main
 from mwt.config_files import load_config
-from mwt.errors import InputError
+from mwt.errors import InputError, TrainingError
 from mwt.fields import load_field
 from mwt.fit_config import FitOptimConfig
 from mwt.ntk import kernel
@@ -154,6 +155,39 @@ def test_a_fit_that_is_not_finite_is_told_of(tmp_path: Path) -> None:
     assert model["problem"].startswith("not finite")
     assert model["final"] == {}
     assert "not finite" in check_page(tmp_path / "spectrum.html")
+
+
+def test_one_kernel_that_is_not_finite_ends_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The squares of its derivatives are beyond float64."""
+    sharp = "mlp.activation.name=sine mlp.activation.first_omega=1e200"
+    assert main(["--models", "sine", sharp, "relu", "--out", str(tmp_path), *SMALL]) == 0
+    content, printed = result(tmp_path), capsys.readouterr().out
+    one, failed, two = content["models"]
+    assert (failed["name"], failed["final"], failed["kernels"]) == (sharp, {}, [])
+    assert failed["problem"].startswith("not finite: At step 0: The kernel")
+    assert [[look["step"] for look in model["kernels"]] for model in (one, two)] == [[0, 8], [0, 8]]
+    assert [model["problem"] for model in (one, two)] == ["", ""]
+    assert {row["models"] for row in content["correlations"]["psnr"]} == {2}
+    assert f"{sharp}: not finite: At step 0" in printed
+    html = check_page(tmp_path / "spectrum.html")
+    assert "1 of them came to nothing" in html
+    assert "<td>not finite</td>" in html
+    assert html.count("not finite: At step 0: The kernel") == 1
+
+
+def test_kernels_of_runs_that_are_not_finite(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise TrainingError("At step 0: no <number>")
+
+    monkeypatch.setattr(spectrum, "run_looks", none)
+    monkeypatch.setattr(spectrum, "first_look", none)
+    runs = ["--run", f"{grid}/jobs/0", "--grid", str(grid), "--out", str(tmp_path)]
+    assert main([*runs, "run.device=cpu"]) == 0
+    content = result(tmp_path)
+    assert (content["runs"][0]["problem"], content["grid"]) == ("At step 0: no <number>", {})
+    assert sorted(content["left_out"]) == ["image: relu", "image: sine", "image: tanh"]
+    html = (tmp_path / "spectrum.html").read_text()
+    assert html.count("At step 0: no &lt;number&gt;") == 4
 
 
 @pytest.fixture(scope="module")

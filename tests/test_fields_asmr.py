@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +167,20 @@ def test_coordinates_that_are_changed_in_place_are_looked_at_again() -> None:
     whole = field(coords)
     coords.copy_(coords.flip(0))
     torch.testing.assert_close(field(coords), whole.flip(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda field: pickle.loads(pickle.dumps(field))])
+def test_a_field_that_has_been_evaluated_is_copied(again: Callable[[ASMR], ASMR]) -> None:
+    """It remembers the whole grid, of which its copy knows nothing; the copy's weights are its own."""
+    field = build(BASES["picture"])
+    coords = coordinates(field.size)
+    expected = field(coords)
+    other = again(field)
+    torch.testing.assert_close(other(coords), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        other.last.weight.zero_()
+    assert not torch.equal(other(coords), field(coords))
+    torch.testing.assert_close(other(coords.flip(0)), other(coords).flip(0), rtol=0, atol=1e-12)
 
 
 def test_evaluation_in_rows_of_tiles() -> None:
@@ -411,6 +428,11 @@ def test_in_the_inner_loop() -> None:
     for i in range(3):
         right = torch.func.grad(loss)(offsets[i], coords[index[i]])
         torch.testing.assert_close(found[i], right, rtol=1e-8, atol=1e-9)
+    whole = torch.func.grad(loss)(offsets[0], coords)  # as an argument, and within the function
+    torch.testing.assert_close(whole, torch.func.grad(lambda own: loss(own, coords))(offsets[0]), rtol=0, atol=1e-12)
+    own = offsets[0].clone().requires_grad_()
+    (by_autograd,) = torch.autograd.grad(loss(own, coords), own)
+    torch.testing.assert_close(whole, by_autograd, rtol=1e-10, atol=1e-12)
 
 
 # ---- the benchmark -----------------------------------------------------------------------------------------------

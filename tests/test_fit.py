@@ -18,6 +18,7 @@ from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
 from mwt.fields.config import InterpolatedGridConfig, MLPConfig
 from mwt.fit_config import FitConfig, FitOptimConfig
 from mwt.fit_groups import GroupedFit
+from mwt.fit_report import Film
 from mwt.fitting import SignalFit, evaluation_steps, fields_for, make_fit_optimizer, rate_factor
 from mwt.signals import TASKS, Sampler, signal_paths
 from mwt.signals.image import ImageTask
@@ -227,11 +228,34 @@ def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixtu
     values = frame.to_data(evaluate(field, frame.grid())).clamp(0, 1)
     shown = np.asarray(Image.open(out / "reconstruction/1.png"))
     np.testing.assert_array_equal((values[1].view(20, 24, 3) * 255).round().numpy(), shown)
+    for i, own in enumerate(found["signals"].values()):
+        error = np.square(values[i].double().numpy() - picture(i).reshape(-1, 3) / 255).mean()
+        assert own["psnr"] == pytest.approx(-10 * np.log10(error), abs=1e-3)
     with Image.open(out / "progress.gif") as film:
         assert film.n_frames == 2
     assert "best" in capsys.readouterr().out
     assert main(["--resume", f"run.dir={out}"]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+def test_frames_of_a_film_are_small_on_disk_already(tmp_path: Path) -> None:
+    """Of 1,000 x 500 points, black above and white below; a small one stays as it is."""
+    film = Film(tmp_path / "film")
+    large = torch.zeros(1, 500, 1000, dtype=torch.uint8)
+    large[:, 250:] = 255
+    for step in (3, 20):
+        film.add(step, large)
+    with Image.open(tmp_path / "film/00000020.png") as frame:
+        assert frame.size == (384, 192)
+        np.testing.assert_array_equal(np.asarray(frame)[[0, 95, 96, 191], 7], [0, 0, 255, 255])
+    film.write(tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert (gif.size, gif.n_frames) == ((384, 192), 1)  # equal frames are one
+    assert not (tmp_path / "film").exists()
+    small = Film(tmp_path / "small")
+    small.add(1, torch.full((3, 5, 7), 9, dtype=torch.uint8))
+    with Image.open(tmp_path / "small/00000001.png") as frame:
+        np.testing.assert_array_equal(np.asarray(frame), np.full((5, 7, 3), 9))
 
 
 def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:

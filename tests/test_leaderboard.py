@@ -116,6 +116,31 @@ def test_equal_models_share_places_and_what_came_to_nothing_is_last() -> None:
     assert (shown["a"], shown["b"]) == (("2.5", "5.0"), ("1", "7.0 ± 0.0 (2 of 3 seeds, diverged)"))
     assert [shown[model] for model in "efgh"] == [("", ends[model]) for model in "efgh"]
     assert [line[0] for line in overview_lines(board)[1:]] == list("bacdefgh")
+    assert [line[2] for line in overview_lines(board)[1:]] == ["2 of 2"] * 6 + ["0 of 2"] * 2
+
+
+def test_a_mean_rank_over_fewer_tasks_is_told_and_comes_after() -> None:
+    """a is first where it is defined; b and c have both tasks."""
+    scores = {("a", "one"): 9.0, ("b", "one"): 5.0, ("c", "one"): 4.0, ("b", "two"): 1.0, ("c", "two"): 3.0}
+    scores |= {("d", "two"): 2.0}
+    entries = [
+        Entry(model=model, group="", task=task, numbers={"x": {0: found}} if found is not None else {}, seeds=1,
+              outcome={"a": "not defined", "d": "open"}[model] if found is None else "done", runs=())
+        for task in ("one", "two") for model in "abcd" for found in [scores.get((model, task))]
+    ]  # fmt: skip
+    columns = {"x": {"title": "x", "path": "x", "decimals": 1, "average": True}}
+    board = Board(title="", scale="", notes="", columns=columns, entries=tuple(entries), claimed=())
+    rows = [line[:3] for line in overview_lines(board)]
+    assert rows == [
+        ["model", "mean rank", "of tasks"],
+        ["c", "2.0", "2 of 2"],  # 3 and 1
+        ["b", "2.5", "2 of 2"],  # 2 and 3
+        ["a", "1.0", "1 of 2"],
+        ["d", "2.0", "1 of 2"],
+    ]
+    html = leaderboard.page(board, None)
+    assert "means over other tasks cannot be compared with theirs" in html
+    assert '<td data-v="1">1 of 2</td>' in html
 
 
 def test_a_stated_order_is_counted(out: Path) -> None:

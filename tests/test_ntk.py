@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mwt import ntk
-from mwt.errors import InputError
+from mwt.errors import InputError, TrainingError
 from mwt.fields import Field, FieldConfig, build_field, list_activations, list_encodings
 from mwt.fields.config import ActivationConfig, EncodingConfig, MFNConfig, MLPConfig
 from mwt.fields.config_kan import KANConfig
@@ -221,7 +221,7 @@ def test_fields_without_a_kernel() -> None:
     several = build_field(FieldConfig(), coordinate_dims=2, channels=1, seed=0, copies=2)
     with pytest.raises(InputError, match="2 copies"):
         ntk.kernel(several, points())
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(TrainingError, match="not finite"):
         ntk.spectrum(torch.full((2, 2), math.nan))
 
 

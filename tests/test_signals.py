@@ -43,7 +43,7 @@ def test_psnr_and_ssim_against_scikit_image() -> None:
         assert ours[1][i] == pytest.approx(theirs, abs=5e-3)  # they crop the border, torchmetrics pads
 
 
-def test_ssim_in_strips_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssim_and_psnr_in_strips_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = torch.rand(2, 60, 30, 3, generator=torch.Generator().manual_seed(0))
     shown = truth * 0.9
     pair = (shown.movedim(-1, 1), truth.movedim(-1, 1))
@@ -51,6 +51,11 @@ def test_ssim_in_strips_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) ->
     for rows in (1, 7, 25, 60):
         monkeypatch.setattr(pictures, "STRIP", 30 * rows + 5)
         torch.testing.assert_close(pictures.ssim(shown, truth), whole, rtol=0, atol=1e-6)
+        ours = pictures.psnr(shown.flatten(1, 2), truth.flatten(1, 2))
+        theirs = [
+            peak_signal_noise_ratio(*pair, data_range=1) for pair in zip(truth.numpy(), shown.numpy(), strict=True)
+        ]
+        np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)
 
 
 def test_a_field_that_is_the_picture_has_no_error(path: Path) -> None:

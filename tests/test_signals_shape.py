@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipes.prepare.__main__ import main as prepare
 from mwt.errors import InputError
-from mwt.fields import Field, FieldConfig
+from mwt.fields import ASMRConfig, Field, FieldConfig
 from mwt.fields.config import MLPConfig
 from mwt.fit_config import FitOptimConfig
 from mwt.fitting import SignalFit, fields_for
@@ -206,6 +206,77 @@ def test_several_shapes_are_fitted_as_each_alone(folder: Path) -> None:
         torch.testing.assert_close(together.fields.state_dict()[key][0], value, rtol=1e-4, atol=1e-6)
 
 
+# ---- a lattice -------------------------------------------------------------------------------------------------------
+
+HALF = np.array([0.45, 0.9, 0.225])
+"""Of the box (1, 2, 0.5) with reach 0.9; none of a lattice's points below lies on its faces."""
+
+
+class Box(Field):
+    """Positive inside the box."""
+
+    def __init__(self, half: np.ndarray) -> None:
+        super().__init__(coordinate_dims=3, channels=1, copies=None, derivatives=1)
+        self.half = torch.from_numpy(half).float()
+
+    def values(self, coords: torch.Tensor) -> torch.Tensor:
+        return (self.half - coords.abs()).amin(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_a_lattice_knows_a_box_exactly(folder: Path, loss: str) -> None:
+    """Insides, losses and IoU against the closed form, on all points and on some."""
+    task = ShapeTask([folder / "box.obj"], ShapeTask.Options(lattice=12, loss=loss, mesh_grid=20), CPU)
+    assert (task.points, task.frame.size, task.between, task.queries) == (12**3, (12, 12, 12), False, None)
+    line = np.linspace(-1, 1, 12)
+    points = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3)
+    inside = (np.abs(points) < HALF).all(1)
+    assert 0.02 < inside.mean() < 0.2
+    field, other = Box(HALF), HALF * [1, 0.7, 1]
+    for index in (None, torch.arange(5, 1728, 11)):
+        chosen = slice(None) if index is None else index.numpy()
+        logits = (HALF - np.abs(points)).min(1)[chosen]
+        expected = np.where(inside[chosen], np.logaddexp(0, -logits), np.logaddexp(0, logits)).mean()
+        if loss == "mse":
+            expected = np.square(logits - np.where(inside[chosen], 1.0, -1.0)).mean()
+        found = task.loss(field, index, torch.Generator())
+        np.testing.assert_allclose(found.numpy(), [expected], rtol=1e-5)
+    assert float(task.evaluate(field).metrics["iou"]) == 1
+    shorter = (np.abs(points) < other).all(1)
+    found = float(task.evaluate(Box(other)).metrics["iou"])
+    assert found == pytest.approx((shorter & inside).sum() / (shorter | inside).sum())
+    assert found < 1
+
+
+@pytest.mark.parametrize("points", ["null", 800])
+def test_asmr_learns_a_lattice(folder: Path, points: object) -> None:
+    """All points at a step, or tiles: every one right in the end, and a surface within a step of the faces."""
+    arguments = ["task=shape", f"signal.path={folder}/box.obj", "signal.lattice=12", f"run.dir={folder / 'run'}",
+                 "field.name=asmr", "field.asmr.width=32", "field.asmr.layers=3", "field.asmr.omega=8",
+                 "optim.steps=200", f"optim.points={points}", "optim.lr=1e-2", "run.evaluations=2",
+                 "run.device=cpu", "run.ranks=false"]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads((folder / "run/result.json").read_text())
+    assert (found["final"]["iou"], found["signal"]["size"]) == (1.0, [12, 12, 12])
+    written = trimesh.load(folder / "run/reconstruction/box.ply")
+    np.testing.assert_allclose(np.abs(written.vertices).max(0), HALF, atol=2 / 11)
+
+
+def test_several_boxes_on_one_lattice(folder: Path) -> None:
+    """Each as if alone."""
+    config = FieldConfig(name="asmr", asmr=ASMRConfig(width=8, layers=3))
+
+    def fitted(paths: list[Path]) -> SignalFit:
+        task = ShapeTask(paths, ShapeTask.Options(lattice=8), CPU)
+        fit = SignalFit(task, fields_for(config, task, seed=1), FitOptimConfig(steps=4, points=100), 1, 1)
+        fit.run(lambda: False, lambda _: None, lambda: None)
+        return fit
+
+    together, alone = fitted([folder / "ball.ply", folder / "box.obj"]), fitted([folder / "box.obj"])
+    for key, value in alone.fields.state_dict().items():
+        torch.testing.assert_close(together.fields.state_dict()[key][1], value, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["occupancy", "distance"])
 def test_the_program_finds_a_ball(folder: Path, mode: str) -> None:
     out = folder / "run"
@@ -240,6 +311,9 @@ def test_an_open_mesh_has_an_occupancy(folder: Path) -> None:
         (["signal.path={folder}/ball.ply", "signal.mode=volume"], "signal.mode is 'volume'"),
         (["signal.path={folder}/ball.ply", "signal.loss=l1"], "signal.loss is 'l1'"),
         (["signal.path={folder}/ball.ply", "signal.reach=2"], "signal.reach is 2.0"),
+        (["signal.path={folder}/ball.ply", "signal.lattice=2"], "signal.lattice is 2"),
+        (["signal.path={folder}/ball.ply", "signal.lattice=8", "signal.mode=distance"], "lattice .* not how far"),
+        (["signal.path={folder}/ball.ply", "field.name=asmr"], "between the samples"),
         (["signal.path={folder}/ball.ply", "signal.mode=distance", "field.mlp.activation.name=finer"],
          "derivatives of order 1"),
     ],

@@ -24,10 +24,11 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
+from torch.func import debug_unwrap
 from torch.nn import functional as F
 
 from mwt.cost import asmr_macs
@@ -111,6 +112,10 @@ class ASMR(Field):
         self.modulators = nn.ModuleList(modulator() for _ in range(self.layers - 1))
         self._whole: tuple[weakref.ref[Tensor], int] | None = None
         """The coordinates last found to be the whole grid: a fit brings the same tensor at every step."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the coordinates last seen, which are not the copy's."""
+        return {**self.__dict__, "_whole": None}
 
     # ---- all samples of a level, or some -----------------------------------------------------------------------------
 
@@ -250,10 +255,8 @@ class ASMR(Field):
                 "A field of name=asmr has no gradient with respect to coordinates: it knows the numbers of samples, "
                 "and nothing between them."
             )
-        while _functorch.is_gradtrackingtensor(coords):  # torch.func.grad wraps every argument
-            coords = _functorch.get_unwrapped(coords)
         numbers = self._numbers(coords)
-        if coords.ndim > 2 or _functorch.is_batchedtensor(coords):
+        if coords.ndim > 2 or _hidden_axes(coords):
             return numbers
         number = _ravel(numbers, self.size)
         if len(number) == math.prod(self.size) and bool((number[1:] - number[:-1] == 1).all()):
@@ -272,7 +275,7 @@ class ASMR(Field):
         low, high = (coords.new_tensor(ends) for ends in zip(*self.ranges, strict=True))
         place = (coords - low) / (high - low) * coords.new_tensor(steps)
         nearest = place.round()
-        if not _functorch.is_batchedtensor(coords):
+        if not _hidden_axes(coords):
             rounding = 4 * torch.finfo(coords.dtype).eps * max(self.size)
             last = coords.new_tensor([n - 1 for n in self.size])
             right = ((place - nearest).abs() <= min(0.25, max(1e-3, rounding))) & (nearest >= 0) & (nearest <= last)
@@ -347,6 +350,11 @@ def _grid(
         found = f"asmr.size is {list(given or ())}, and the signal has {list(frame.size)}"
         raise InputError(f"{found}: leave out asmr.size.")
     return frame.size, frame.coordinate_range
+
+
+def _hidden_axes(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap works on it: it then has axes that its shape does not show, and forbids looking at it."""
+    return debug_unwrap(tensor).ndim > tensor.ndim
 
 
 def _numbers(sides: list[int]) -> Tensor:

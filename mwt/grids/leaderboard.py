@@ -142,11 +142,24 @@ class Board:
             found |= {(entry.model, task): last + (len(own) + 1) / 2 for entry in own}
         return found
 
-    def mean_rank(self, model: str) -> float | None:
-        """Over the tasks that it has a number in, or has come to nothing in; None without any."""
+    def places(self, model: str) -> list[float]:
+        """Its ranks on the tasks that it has a number in, or has come to nothing in."""
         places = self.lost | self.ranks
-        found = [places[model, task] for task in self.tasks if (model, task) in places]
+        return [places[model, task] for task in self.tasks if (model, task) in places]
+
+    def mean_rank(self, model: str) -> float | None:
+        """Over the tasks that it has a rank in; None without any."""
+        found = self.places(model)
         return statistics.fmean(found) if found else None
+
+    def by_mean_rank(self) -> list[str]:
+        """The models with a rank in every task, best first, and then those with fewer: their means are of others."""
+
+        def key(model: str) -> tuple[bool, float]:
+            found = self.places(model)
+            return len(found) < len(self.tasks), statistics.fmean(found) if found else np.inf
+
+        return sorted(self.models, key=key)
 
     def correlation(self, first: str, second: str) -> float | None:
         """Spearman's, over the models that have a number in both tasks; None for fewer than three of them."""
@@ -305,16 +318,17 @@ def markdown_table(lines: Sequence[Sequence[str]], words: int = 2) -> str:
 
 MEAN_RANK = (
     "Models with equal numbers share the mean of their places. What has diverged or failed, or ran out of memory or "
-    "time, shares the last places of its task; what is not defined on a task, or still open, has no rank there."
+    "time, shares the last places of its task; what is not defined on a task, or still open, has no rank there. A mean "
+    "rank is over the tasks that a model has a rank in, whose number stands beside it: models with all of them come "
+    "first, and means over other tasks cannot be compared with theirs."
 )
 
 
 def overview_lines(board: Board) -> list[list[str]]:
     """Models by mean rank, with the metric of every task."""
-    lines = [["model", "mean rank", *board.tasks]]
-    ranks = {model: board.mean_rank(model) for model in board.models}
-    for model in sorted(ranks, key=lambda model: np.inf if (rank := ranks[model]) is None else rank):
-        words = [model, shown(ranks[model], decimals=1)]
+    lines = [["model", "mean rank", "of tasks", *board.tasks]]
+    for model in board.by_mean_rank():
+        words = [model, shown(board.mean_rank(model), decimals=1), f"{len(board.places(model))} of {len(board.tasks)}"]
         for task in board.tasks:
             words.append(told(board.by_place.get((model, task)), board.metric))
         lines.append(words)

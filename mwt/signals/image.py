@@ -138,8 +138,8 @@ class ImageTask(Task):
     def write(self, fields: Field, folder: Path) -> list[Path]:
         """NAME.png and NAME.error.png of each signal, and the first one's truth."""
         shown = self.reconstruct(fields)
-        height, width = self.truth.shape[1:3]
-        large = self.reconstruct(fields, (height * self.options.scale, width * self.options.scale))
+        (height, width), scale = self.truth.shape[1:3], self.options.scale
+        large = shown if scale == 1 else self.reconstruct(fields, (height * scale, width * scale))
         files = []
         for name, picture, own, truth in zip(self.names, large, shown, self.truth, strict=True):
             stem = Path(name).stem

@@ -113,14 +113,17 @@ def write_picture(path: Path, picture: UInt8[Tensor, "C h w"]) -> Path:
     return path
 
 
+STRIP = 2**20
+"""Pixels that `psnr` and `ssim` see at once, about: their intermediate pictures are no larger."""
+
+
 def psnr(shown: Float[Tensor, "N P C"], truth: Float[Tensor, "N P C"]) -> Float[Tensor, " N"]:
     """Peak signal-to-noise ratio in dB of numbers in [0, 1]; what is shown is clamped, as a screen does."""
-    error = (shown.clamp(0, 1) - truth).double().square().mean((-2, -1))
+    total = torch.zeros(len(truth), dtype=torch.float64, device=truth.device)
+    for own, right in zip(shown.split(STRIP, 1), truth.split(STRIP, 1), strict=True):
+        total += (own.clamp(0, 1) - right).double().square().sum((-2, -1))
+    error = total / truth[0].numel()
     return (-10 * error.clamp_min(1e-12).log10()).float()
-
-
-STRIP = 2**20
-"""Pixels of a strip of `ssim`, about: its dozen intermediate pictures are no larger."""
 
 
 def ssim(shown: Float[Tensor, "N h w C"], truth: Float[Tensor, "N h w C"]) -> Float[Tensor, " N"]:

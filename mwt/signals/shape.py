@@ -30,7 +30,7 @@ from mwt.signals.meshes import (
     write_mesh,
 )
 from mwt.signals.pictures import to_bytes, write_picture
-from mwt.signals.task import Evaluation, Task, show, signal_names
+from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 NOWHERE = 2 * math.sqrt(3)
 """Chamfer distance of a field without a surface: the diagonal of the cube."""
@@ -62,6 +62,9 @@ class ShapeOptions:
     """Metrics are those of so many points along each axis."""
     mesh_grid: int = 128
     """The mesh that is written comes from so many."""
+    lattice: int | None = None
+    """occupancy: fit so many points along each axis, end points included, and nothing between them. They are the points
+    of metrics and of the written mesh too; queries, spread, grid and mesh_grid count for nothing."""
     points_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +76,11 @@ class ShapeOptions:
             raise InputError(f"signal.reach is {self.reach}; it must lie above 0 and not above 1.")
         if min(self.grid, self.mesh_grid) < 4 or self.queries < 10 or self.spread <= 0:
             raise InputError("signal.grid and mesh_grid must be at least 4, queries 10, and spread positive.")
+        if self.lattice is not None and (self.lattice < 4 or self.mode != "occupancy"):
+            raise InputError(
+                f"signal.lattice is {self.lattice}, and signal.mode {self.mode!r}: a lattice has at least 4 points "
+                "along each axis, and knows what is inside (signal.mode=occupancy), not how far."
+            )
         if min(self.weight_distance, self.weight_surface, self.weight_eikonal, self.weight_normal) < 0:
             raise InputError("signal.weight_... cannot be negative.")
 
@@ -116,7 +124,9 @@ def counts(options: ShapeOptions) -> tuple[int, int, int]:
 
 
 class ShapeTask(Task):
-    """Occupancy or signed distance at points that are drawn once. IoU on a grid decides what is best.
+    """Occupancy or signed distance at points that are drawn once, or occupancy on a lattice, for fields on samples too.
+
+    IoU on a grid decides what is best; with `lattice`, on the lattice itself.
 
     `chamfer` is the mean of two means: the distances of 10,000 points on the field's surface (marching cubes) to the
     mesh, and of as many on the mesh to the field's surface; in the cube's units, 3.46 where the field has no surface.
@@ -144,42 +154,58 @@ class ShapeTask(Task):
         self.meshes = [normalised(mesh, options.reach) for mesh in meshes]
         graded = options.mode == "distance" and (options.weight_eikonal > 0 or options.weight_normal > 0)
         self.derivatives = 1 if graded else 0
-        found = [ask(mesh, options, position) for position, mesh in enumerate(self.meshes)]
-        coords, values, normals = (
-            torch.from_numpy(np.stack(part)).float().to(device) for part in zip(*found, strict=True)
-        )
-        on = counts(options)[2]
-        surface = torch.arange(options.queries, device=device) >= options.queries - on
-        self.queries = Queries(coords, values, normals, surface)
+        self.between = options.lattice is None
+        self.queries = self._ask(device) if self.between else None
         self.frame = Frame(
             kind="shape",
             axes=("x", "y", "z"),
             coordinate_range=((-1.0, 1.0),) * 3,
+            size=None if options.lattice is None else (options.lattice,) * 3,
             value_range=(0.0, 1.0),
             data_range=(0.0, 1.0),
         )
-        self.coords = self.frame.grid((options.grid,) * 3, device=device)
+        self.side = options.lattice or options.grid
+        """Points along each axis of `coords`."""
+        self.coords = self.frame.grid((self.side,) * 3, device=device)
         grid = self.coords.double().cpu().numpy()
         self.inside = torch.from_numpy(np.stack([contains(mesh, grid) for mesh in self.meshes])).to(device)
         """On the grid [N, g^3]."""
 
+    def _ask(self, device: torch.device) -> Queries:
+        """Points of all shapes, and what is known at them."""
+        options = self.options
+        found = [ask(mesh, options, position) for position, mesh in enumerate(self.meshes)]
+        coords, values, normals = (
+            torch.from_numpy(np.stack(part)).float().to(device) for part in zip(*found, strict=True)
+        )
+        surface = torch.arange(options.queries, device=device) >= options.queries - counts(options)[2]
+        return Queries(coords, values, normals, surface)
+
     @property
     def points(self) -> int:
         """Points at which the shape is known."""
-        return self.options.queries
+        return len(self.coords) if self.queries is None else self.options.queries
 
     def loss(self, fields: Field, index: Int[Tensor, " P"] | None, generator: torch.Generator) -> Float[Tensor, " N"]:
         """That of the mode (`ShapeOptions`), the mean over points."""
+        if self.queries is None:
+            coords, inside = self.coords, self.inside
+            if index is not None:
+                coords, inside = coords[index], inside[:, index]
+            return self._occupancy_loss(predict(fields, coords)[..., 0], inside)
         asked = self.queries if index is None else self.queries.at(index)
         coords = asked.coords.detach().requires_grad_(self.derivatives > 0)
         values = fields(coords if fields.copies is not None else coords[0])[..., 0]
         values = values if values.ndim == 2 else values[None]
         if self.options.mode == "distance":
             return self._distance_loss(values, coords, asked)
+        return self._occupancy_loss(values, asked.values > 0)
+
+    def _occupancy_loss(self, values: Float[Tensor, "N P"], inside: Bool[Tensor, "N P"]) -> Float[Tensor, " N"]:
+        wanted = inside.to(values.dtype)
         if self.options.loss == "mse":
-            return (values - asked.values).square().mean(-1)
-        inside = (asked.values > 0).to(values.dtype)
-        return F.binary_cross_entropy_with_logits(values, inside, reduction="none").mean(-1)
+            return (values - (2 * wanted - 1)).square().mean(-1)
+        return F.binary_cross_entropy_with_logits(values, wanted, reduction="none").mean(-1)
 
     def _distance_loss(self, values: Float[Tensor, "N P"], coords: Tensor, asked: Queries) -> Float[Tensor, " N"]:
         options, on = self.options, asked.surface.to(values.dtype)
@@ -196,13 +222,13 @@ class ShapeTask(Task):
 
     def inwards(self, fields: Field, size: int) -> Float[Tensor, "N g g g"]:
         """The fields on a grid, positive inside."""
-        coords = self.coords if size == self.options.grid else self.frame.grid((size,) * 3, device=self.coords.device)
+        coords = self.coords if size == self.side else self.frame.grid((size,) * 3, device=self.coords.device)
         sign = -1.0 if self.options.mode == "distance" else 1.0
         return sign * show(fields, coords, chunk=32768)[..., 0].unflatten(1, (size,) * 3)
 
     def evaluate(self, fields: Field) -> Evaluation:
         """IoU and Chamfer distance, and a picture of the first signal's surface."""
-        inwards = self.inwards(fields, self.options.grid)
+        inwards = self.inwards(fields, self.side)
         inside = inwards.flatten(1) > 0
         both, either = (inside & self.inside).sum(1), (inside | self.inside).sum(1)
         surfaces = [marching_cubes(one.cpu().numpy()) for one in inwards]
@@ -215,7 +241,8 @@ class ShapeTask(Task):
     def write(self, fields: Field, folder: Path) -> list[Path]:
         """NAME.ply, the field's surface (none: no file), and its picture beside the mesh's own, NAME.png."""
         files = []
-        for name, mesh, own in zip(self.names, self.meshes, self.inwards(fields, self.options.mesh_grid), strict=True):
+        shown = self.inwards(fields, self.options.lattice or self.options.mesh_grid)
+        for name, mesh, own in zip(self.names, self.meshes, shown, strict=True):
             surface, stem = marching_cubes(own.cpu().numpy()), Path(name).stem
             if surface is not None:
                 files.append(write_mesh(folder / f"{stem}.ply", surface))

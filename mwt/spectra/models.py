@@ -136,6 +136,7 @@ def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) ->
 
     Raises:
         InputError: several signals at once, or a field without a kernel.
+        TrainingError: a kernel that is not finite.
     """
     trained, frame = load_field(run.folder / "field")
     if trained.copies is not None:

@@ -101,6 +101,7 @@ def look(
 
     Raises:
         InputError: too many points, or a field without a kernel.
+        TrainingError: a kernel that is not finite.
     """
     if len(coords) > LARGEST_KERNEL:
         raise InputError(
@@ -108,7 +109,10 @@ def look(
             "signal.size, or run.looks=0 for no kernels."
         )
     matrix = ntk.kernel(fields, coords, memory=memory * 2**20)
-    found = ntk.spectrum(matrix)
+    try:
+        found = ntk.spectrum(matrix)
+    except TrainingError as problem:
+        raise TrainingError(f"At step {step}: {problem}") from problem
     power = ntk.power_by_frequency(found.vectors, size)  # each column sums to 1
     orders = torch.arange(len(power), dtype=power.dtype, device=power.device)
     summary = found.summary()
@@ -189,7 +193,9 @@ def study(
     stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[], None] = lambda: None,
 ) -> Study:
-    """Fit a field to the task's signal and follow its kernel and its errors. A fit that is not finite is told of.
+    """Fit a field to the task's signal and follow its kernel and its errors.
+
+    A fit or a kernel that is not finite ends the study, which then says so (`Study.problem`).
 
     Raises:
         InputError: settings that do not go together.
@@ -283,6 +289,7 @@ def first_look(config: FieldConfig, frame: Frame, channels: int, run: SpectrumRu
 
     Raises:
         InputError: a field without a kernel.
+        TrainingError: a kernel that is not finite.
     """
     fields = build_field(config, coordinate_dims=frame.coordinate_dims, channels=channels, seed=seed)
     size = coarse_size(frame.coordinate_dims, run.points)
