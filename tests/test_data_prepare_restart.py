@@ -64,9 +64,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def begun(src: Path, out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """With a lower priority than ours: on a busy machine it would else be done before we see it begin."""
     command = ["folder", "--src", str(src), "--out", str(out), *OPTIONS, *options]
     with subprocess.Popen(
-        [sys.executable, "-m", "data_pipes.prepare", *command],
+        ["nice", "-n", "10", sys.executable, "-m", "data_pipes.prepare", *command],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
