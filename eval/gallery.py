@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from mwt.config_files import load_config
 from mwt.errors import InputError
-from mwt.fit_config import FitConfig
+from mwt.fit_run import FitRun, is_finished, read_fit_run
 from mwt.page import STYLE, folded, table
 from mwt.runtime import run_program, write_text
 
@@ -82,36 +80,10 @@ def read_floor(text: str) -> Floor:
         raise InputError(f"--floor {text!r} is not TASK.METRIC=NUMBER or TASK.METRIC=BASELINE+NUMBER.") from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run of `train.fit`."""
-
-    folder: Path
-    config: FitConfig
-    result: dict[str, Any]
-
-    @property
-    def title(self) -> str:
-        """Task, and what was fitted."""
-        names = list(self.result["signals"])
-        return f"{self.config.task.replace('_', ' ')}: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
-
-
-def read_run(folder: Path) -> Run | None:
-    """A run; None where a fit is not finished.
-
-    Raises:
-        InputError: not a run of `train.fit`.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder} is not a run of train.fit (it has no config.yaml).")
-    if not (folder / "result.json").is_file():
-        return None
-    try:
-        result = json.loads((folder / "result.json").read_text())
-        return Run(folder=folder, config=load_config(FitConfig, folder / "config.yaml"), result=result)
-    except ValueError as error:
-        raise InputError(f"{folder}/result.json is not readable as JSON ({error}).") from error
+def title_of(run: FitRun) -> str:
+    """Task, and what was fitted."""
+    names = list(run.result["signals"])
+    return f"{run.config.task.replace('_', ' ')}: {names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}"
 
 
 def shown(path: Path) -> str:
@@ -125,14 +97,14 @@ def shown(path: Path) -> str:
     return f"<figure{wide}>{body}<figcaption>{name}</figcaption></figure>"
 
 
-def files_of(run: Run) -> list[Path]:
+def files_of(run: FitRun) -> list[Path]:
     """What a person looks at first: reconstructions, then curves, ranks and the film."""
     inside = [path for path in sorted((run.folder / "reconstruction").glob("*")) if path.suffix.lower() in WAYS_TO_SHOW]
     others = [run.folder / name for name in ("progress.gif", "curves.png", "ranks.png")]
     return inside[:SHOWN] + [path for path in others if path.is_file()]
 
 
-def numbers(run: Run, floors: list[Floor]) -> tuple[str, list[str]]:
+def numbers(run: FitRun, floors: list[Floor]) -> tuple[str, list[str]]:
     """The table of a run's metrics, and what lies below its floor, in words."""
     result = run.result
     rows = [("final", result["final"]), (f"best, step {result['best']['step']}", result["best"])]
@@ -152,7 +124,7 @@ def numbers(run: Run, floors: list[Floor]) -> tuple[str, list[str]]:
     return table(["", *names], cells), low
 
 
-def section(number: int, run: Run, floors: list[Floor]) -> tuple[str, list[str]]:
+def section(number: int, run: FitRun, floors: list[Floor]) -> tuple[str, list[str]]:
     """A run as a part of the page."""
     result = run.result
     body, low = numbers(run, floors)
@@ -164,16 +136,16 @@ def section(number: int, run: Run, floors: list[Floor]) -> tuple[str, list[str]]
     figures = "".join(map(shown, files_of(run)))
     settings = folded("Settings", f"<pre>{escape((run.folder / 'config.yaml').read_text())}</pre>")
     return (
-        f'<section id="r{number}"><h2>{escape(run.title)}</h2><p class="soft">{escape(facts)}</p>{marks}{body}'
+        f'<section id="r{number}"><h2>{escape(title_of(run))}</h2><p class="soft">{escape(facts)}</p>{marks}{body}'
         f'<div class="files">{figures}</div>{settings}</section>',
         low,
     )
 
 
-def page(title: str, runs: list[Run], floors: list[Floor]) -> tuple[str, dict[str, list[str]]]:
+def page(title: str, runs: list[FitRun], floors: list[Floor]) -> tuple[str, dict[str, list[str]]]:
     """The whole page, and what lies below its floor, by run."""
     parts = [section(i, run, floors) for i, run in enumerate(runs)]
-    links = "".join(f'<a href="#r{i}">{escape(run.title)}</a>' for i, run in enumerate(runs))
+    links = "".join(f'<a href="#r{i}">{escape(title_of(run))}</a>' for i, run in enumerate(runs))
     html = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -192,12 +164,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--floor", nargs="+", default=[], metavar="TASK.METRIC=NUMBER", help="what is to be reached")
     arguments = parser.parse_args(argv)
     floors = [read_floor(text) for text in arguments.floor]
-    found = {folder: read_run(folder) for folder in arguments.runs if folder.is_dir()}
-    runs = [run for run in found.values() if run is not None]
+    finished = {folder: is_finished(folder) for folder in arguments.runs if folder.is_dir()}
+    runs = [read_fit_run(folder) for folder, done in finished.items() if done]
     if not runs:
         raise InputError("None of --runs is a finished run of train.fit.")
-    for folder, run in found.items():
-        if run is None:
+    for folder, done in finished.items():
+        if not done:
             print(f"warning: {folder} is not finished; it is left out.", file=sys.stderr)
     html, low = page(arguments.title, runs, floors)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = {run.config.task: next(iter(run.result["final"])) for run in runs}
     for run in runs:
         name = metrics[run.config.task]
-        print(f"{run.title:<44} {name} {run.result['final'][name]:8.2f}   {run.result['seconds']:6.0f} s")
+        print(f"{title_of(run):<44} {name} {run.result['final'][name]:8.2f}   {run.result['seconds']:6.0f} s")
     print(f"\nWritten: {arguments.out} ({arguments.out.stat().st_size / 2**20:.1f} MiB); open it in a browser.")
     for folder, lines in low.items():
         print(f"below its floor: {folder}: {'; '.join(lines)}", file=sys.stderr)

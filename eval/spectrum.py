@@ -29,11 +29,12 @@ from tqdm import tqdm
 from mwt import runtime
 from mwt.config_files import config_yaml, load_config
 from mwt.errors import InputError, TrainingError
+from mwt.fit_run import FitRun, read_fit_run
 from mwt.page import chart, charts, section, table
 from mwt.plots import Line
 from mwt.runtime import StopRequested, keep_freed_memory, run_program, write_json, write_text
 from mwt.spectra.config import SpectrumConfig
-from mwt.spectra.models import FitRun, grid_models, models, read_fit_run, run_looks
+from mwt.spectra.models import grid_models, label, models, run_looks
 from mwt.spectra.page import (
     TITLES,
     as_text,
@@ -145,15 +146,16 @@ def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[l
 
 def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tuple[str, dict[str, Any]]:
     """A run of `train.fit`: its kernel at the beginning and in the end, or that one of them is not finite."""
+    name = f"{run.config.task}: {label(run.config.field)}"
     try:
         looks, energy = run_looks(run, config.run, device)
     except TrainingError as error:
-        print(f"\n{run.folder} ({run.name}): not finite: {error}")
-        return section(run.name, f"{run.folder}: not finite: {error}"), {"run": str(run.folder), "problem": str(error)}
+        print(f"\n{run.folder} ({name}): not finite: {error}")
+        return section(name, f"{run.folder}: not finite: {error}"), {"run": str(run.folder), "problem": str(error)}
     names = {"at the beginning": looks[0], "in the end": looks[1]}
     keys = list(looks[0].summary)
-    rows = [[name, *(number(found.summary[key]) for key in keys)] for name, found in names.items()]
-    print(f"\n{run.folder} ({run.name})\n")
+    rows = [[when, *(number(found.summary[key]) for key in keys)] for when, found in names.items()]
+    print(f"\n{run.folder} ({name})\n")
     print(as_text((["kernel", *(TITLES[key] for key in keys)], rows)))
     text = f"{run.folder}, kernels at a coarse grid of {len(looks[0].relative)} points of the signal's frame."
     body = table(["kernel", *(TITLES[key] for key in keys)], rows)
@@ -166,10 +168,10 @@ def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tu
         body += charts([("log10 of the share of the residual's energy", lines)], xlabel="periods over the signal")
     content: dict[str, Any] = {
         "run": str(run.folder),
-        "kernels": {name: {**look.summary, "relative": look.relative.tolist()} for name, look in names.items()},
+        "kernels": {when: {**look.summary, "relative": look.relative.tolist()} for when, look in names.items()},
         "residual_energy_by_frequency": {str(step): share.tolist() for step, share in energy.items()},
     }
-    return section(run.name, text, body), content
+    return section(name, text, body), content
 
 
 def main(argv: list[str] | None = None) -> int:

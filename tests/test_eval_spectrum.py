@@ -248,7 +248,7 @@ def test_texts_of_models() -> None:
 def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to look at"):
         main(["--out", str(tmp_path)])
-    with pytest.raises(InputError, match="not a finished run"):
+    with pytest.raises(InputError, match="not a run"):
         main(["--run", str(tmp_path), "--out", str(tmp_path)])
     with pytest.raises(InputError, match=r"cells\.json"):
         main(["--grid", str(tmp_path), "--out", str(tmp_path)])

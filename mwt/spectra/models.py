@@ -6,7 +6,6 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from mwt.fields import (
     load_field,
 )
 from mwt.fields.registry import field_block
-from mwt.fit_config import FitConfig
+from mwt.fit_run import FitRun, is_finished, read_fit_run
 from mwt.ntk import energy_by_frequency
 from mwt.signals import TASKS, signal_paths
 from mwt.spectra.config import SpectrumConfig, SpectrumRunConfig
@@ -98,34 +97,6 @@ def label(config: FieldConfig) -> str:
 
 
 # ---- runs of train.fit -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitRun:
-    """What a finished run of `train.fit` holds."""
-
-    folder: Path
-    config: FitConfig
-    result: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Its task and its field."""
-        return f"{self.config.task}: {label(self.config.field)}"
-
-
-def read_fit_run(folder: Path) -> FitRun:
-    """A run.
-
-    Raises:
-        InputError: not a finished run of `train.fit`.
-    """
-    try:
-        result = json.loads((folder / "result.json").read_text())
-        config = load_config(FitConfig, folder / "config.yaml")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a finished run of train.fit ({error}).") from error
-    return FitRun(folder=folder, config=config, result=result)
 
 
 def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) -> tuple[list[Look], dict[int, Tensor]]:
@@ -209,12 +180,12 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
     for row in rows:
         runs = []
         for job in (job for chain in row["jobs"].values() for job in chain.values()):
-            path = folder / "jobs" / job
-            if not (path / "result.json").is_file():
-                unfinished |= {job} if (path / "config.yaml").is_file() else set()
-                continue
-            with suppress(InputError):  # of another program
-                runs.append(read_fit_run(path))
+            with suppress(InputError):  # not begun, or of another program
+                path = folder / "jobs" / job
+                if is_finished(path):
+                    runs.append(read_fit_run(path))
+                else:
+                    unfinished.add(job)
         if runs:
             groups[tuple(run.folder.name for run in runs)] = runs
     if not groups:
