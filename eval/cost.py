@@ -24,6 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="eval.cost", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="run directory that train.fit has made")
+    parser.add_argument("--shape", default="", metavar="HxWxC", help="which field, of a run of several shapes")
     parser.add_argument("--runs", type=int, default=10, help="evaluations that are timed (default 10)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, help="of the CPU; by default torch's")
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = choose_device(arguments.device)
-    field, frame = load_field(arguments.run / "field")
+    field, frame = load_field(arguments.run / "field" / arguments.shape)
     field = field.to(device)
     if frame.size is None:
         raise InputError(f"{arguments.run}: its signal is no grid, so there is no whole signal to time.")

@@ -114,12 +114,11 @@ def model_links(studies: list[Study], metric: str) -> tuple[list[str], dict[str,
 
 def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[list[str], dict[str, Any]]:
     """The same for the fields of a grid, task by task."""
-    found, unfinished = grid_models(arguments.grid, arguments.metric)
+    found, unfinished, left_out = grid_models(arguments.grid, arguments.metric)
     if unfinished:
         print(f"warning: {unfinished} runs of {arguments.grid} have no result; they are left out.")
     sections, numbers = [], {}
     looks: dict[int, Look] = {}
-    left_out: dict[str, str] = {}
     for i, model in enumerate(tqdm(found, unit="kernel", dynamic_ncols=True, disable=None)):
         try:
             looks[i] = first_look(model.config, model.frame, model.channels, config.run, seed=model.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +27,11 @@ class Best:
         rows = [i for i, (new, old) in enumerate(zip(now, before, strict=True)) if new > old or math.isnan(old)]
         if len(rows) == len(now):
             self.steps, self.metrics = [step] * len(now), {name: list(values) for name, values in metrics.items()}
-            self.weights = {name: value.detach().to("cpu", copy=True) for name, value in fields.state_dict().items()}
+            for name, value in fields.state_dict().items():
+                if name in self.weights:
+                    self.weights[name].copy_(value.detach())
+                else:
+                    self.weights[name] = value.detach().to("cpu", copy=True)
             return
         for i in rows:
             self.steps[i] = step
@@ -37,9 +40,3 @@ class Best:
         for name, value in fields.state_dict().items() if rows else ():
             if value.ndim and len(value) == len(now):  # what has no axis of networks does not change
                 self.weights[name][rows] = value.detach()[rows].cpu()
-
-    def field(self, fields: Field) -> Field:
-        """A copy of the fields with these weights."""
-        found = deepcopy(fields)
-        found.load_state_dict(self.weights)
-        return found

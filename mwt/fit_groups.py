@@ -92,20 +92,35 @@ class GroupedFit:
         names = [name for name in each[0] if all(name in one for one in each)]
         return {name: self.mean([one[name] for one in each]) for name in names}
 
+    def partial(self) -> dict[str, list[str]]:
+        """Metrics that some shapes do not have, such as SSIM of tiny pictures, with those shapes."""
+        own = {shape: set(fit.last) for shape, fit in self.fits.items()}
+        names = sorted(set().union(*own.values()))
+        found = {name: [shape for shape, metrics in own.items() if name not in metrics] for name in names}
+        return {name: shapes for name, shapes in found.items() if shapes}
+
+    def row(self, number: int) -> Row:
+        """An entry of the curve: step, seconds of all, loss and metrics."""
+        each = [fit.curve[number] for fit in self.fits.values()]
+        seconds = round(sum(row["seconds"] for row in each), 3)
+        numbers = [{name: value for name, value in row.items() if name not in ("step", "seconds")} for row in each]
+        return {"step": each[0]["step"], "seconds": seconds, **self.means(numbers)}
+
     @property
     def curve(self) -> list[Row]:
-        """One entry an evaluation: step, seconds of all, loss and metrics."""
-        rows = []
-        for each in zip(*(fit.curve for fit in self.fits.values()), strict=True):
-            seconds = round(sum(row["seconds"] for row in each), 3)
-            numbers = [{name: value for name, value in row.items() if name not in ("step", "seconds")} for row in each]
-            rows.append({"step": each[0]["step"], "seconds": seconds, **self.means(numbers)})
-        return rows
+        """One entry an evaluation."""
+        return [self.row(number) for number in range(len(self.first.curve))]
+
+    @property
+    def rates(self) -> list[float] | dict[str, list[float]]:
+        """Of the optimizer's groups at the first step; by shape where they differ."""
+        own = {shape: fit.rates for shape, fit in self.fits.items()}
+        return own if any(rates != self.first.rates for rates in own.values()) else self.first.rates
 
     @property
     def final(self) -> dict[str, float]:
         """The metrics of the last evaluation."""
-        return {name: value for name, value in self.curve[-1].items() if name not in MEMBERS}
+        return {name: value for name, value in self.row(-1).items() if name not in MEMBERS}
 
     @property
     def best(self) -> dict[str, Any]:
@@ -144,12 +159,12 @@ class GroupedFit:
         return found if len(self.fits) == 1 else dict(sorted(found.items()))
 
     def facts(self) -> dict[str, Any]:
-        """What a result file says of the signals. What differs from shape to shape is given by shape."""
+        """What a result file says of the signals; by shape what differs between shapes, or is a list over signals."""
         own = {shape: fit.task.facts() for shape, fit in self.fits.items()}
         merged: dict[str, Any] = {}
         for key, value in next(iter(own.values())).items():
-            alike = all(facts[key] == value for facts in own.values())
-            merged[key] = value if alike else {shape: facts[key] for shape, facts in own.items()}
+            alike = not isinstance(value, list) and all(facts[key] == value for facts in own.values())
+            merged[key] = value if alike or len(own) == 1 else {shape: facts[key] for shape, facts in own.items()}
         return {**merged, "signals": len(self.names)}
 
     # ---- on disk -----------------------------------------------------------------------------------------------------
@@ -189,7 +204,8 @@ class GroupedFit:
             before = [name for content in contents for name in content["signals"]]
             now = [name for fit in fits for name in fit.task.names]
             others = sorted(set(before) ^ set(now))
-            if not others:
+            moved = [tuple(content["signals"]) for content in contents] != [fit.task.names for fit in fits]
+            if not others and not moved:
                 for number, (fit, content) in enumerate(zip(fits, contents, strict=True)):
                     mine = f"{number}."
                     own = {key.removeprefix(mine): value for key, value in tensors.items() if key.startswith(mine)}
@@ -200,4 +216,9 @@ class GroupedFit:
             raise InputError(
                 f"signal.path names other signals than when {path.parent} was started: {', '.join(others[:5])}"
                 f"{', …' * (len(others) > 5)} came or went. Put the files back as they were, or begin a new run."
+            )
+        if moved:
+            raise InputError(
+                f"The signals of signal.path have other shapes than when {path.parent} was started. Put the files back "
+                "as they were, or begin a new run."
             )

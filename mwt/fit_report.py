@@ -36,7 +36,7 @@ class Film:
         Image.fromarray(array).resize((width, height), Image.Resampling.BOX).save(self.folder / f"{step:08d}.png")
 
     def write(self, path: Path) -> None:
-        """All frames as a GIF, a quarter of a second each, the last for two; the frames are removed."""
+        """All frames as a GIF, a quarter of a second each, the last for two."""
         files = sorted(self.folder.glob("*.png"))
         frames = []
         for file in files:
@@ -45,7 +45,10 @@ class Film:
         if frames:
             times = [250] * (len(frames) - 1) + [2000]
             frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
-        for file in files:
+
+    def remove(self) -> None:
+        """The frames, once nothing can ask for them again."""
+        for file in self.folder.glob("*.png"):
             file.unlink()
         self.folder.rmdir()
 
@@ -76,7 +79,7 @@ def result(going: GroupedFit, config: FitConfig) -> dict[str, Any]:
         "fields": {str(shape_folder(Path("field"), shape)): list(fit.task.names) for shape, fit in going.fits.items()},
         "steps": going.step,
         "seconds": round(going.seconds, 2),
-        "rates": going.first.rates,
+        "rates": going.rates,
         "parameters": round(going.mean([float(fit.fields.num_parameters) for fit in fits])),
         "macs_per_point": round(going.mean([float(fit.fields.macs_per_point()) for fit in fits]), 1),
         "signal": going.facts(),
@@ -86,7 +89,8 @@ def result(going: GroupedFit, config: FitConfig) -> dict[str, Any]:
 def result_table(going: GroupedFit) -> str:
     """The last and the best metrics and the baselines, in columns; of several signals also those of each."""
     best = {name: value for name, value in going.best.items() if name != "step"}
-    rows = [("final", going.final), (f"best (step {going.best['step']})", best), *going.baselines.items()]
+    until = "step" if len(going.names) == 1 else "each its own, to step"
+    rows = [("final", going.final), (f"best ({until} {going.best['step']})", best), *going.baselines.items()]
     names = list(going.final)
     signals = going.signals() if len(going.names) > 1 else {}
     if signals:

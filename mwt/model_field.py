@@ -60,7 +60,10 @@ def _ordinary(name: str, options: dict[str, object], signal: SignalFacts) -> Fie
         size=(signal.height, signal.width) if sized else None,  # type: ignore[arg-type]  # `sized` says that they are
     )
     seed = torch.initial_seed()
-    return build_field(read, coordinate_dims=dims, channels=signal.channels, seed=seed, frame=frame)
+    field = build_field(read, coordinate_dims=dims, channels=signal.channels, seed=seed, frame=frame)
+    if field.penalty() is not None:
+        raise InputError(f"field.name={name}: the inner loop adds no penalty to its loss; set field.options.penalty=0.")
+    return field
 
 
 def field_tokens(

@@ -235,6 +235,7 @@ def test_a_step_has_a_known_size() -> None:
         (("field.name=asmr_modulated", "field.options.width=3"), r"field\.options\.width.*siren\.hidden"),
         (("field.name=hash_grid", "field.options.level=3"), r"field\.options: .*'level'.*levels"),
         (("field.name=grid", "field.adapted=[table]"), "No parameter begins with table"),
+        (("field.name=harmonized",), r"adds no penalty .*field\.options\.penalty=0"),
         (("field.name=modulated", "reader.name=mlp"), r"reader\.name=mlp reads the weights of networks"),
         (("field.name=modulated", "reader.input=standardise"), r"reader\.input=standardise"),
         (("field.name=modulated", "reader.options.depth=2"), r"reader\.options of tokens: .*'depth'"),

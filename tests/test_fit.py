@@ -251,6 +251,7 @@ def test_frames_of_a_film_are_small_on_disk_already(tmp_path: Path) -> None:
     film.write(tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.size, gif.n_frames) == ((384, 192), 1)  # equal frames are one
+    film.remove()
     assert not (tmp_path / "film").exists()
     small = Film(tmp_path / "small")
     small.add(1, torch.full((3, 5, 7), 9, dtype=torch.uint8))
@@ -303,7 +304,7 @@ def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:
         (["signal.path={folder}/empty"], "holds no file that ends in .*npy.$"),
         (["signal.path={folder}/outer"], r"holds no file .* are signal.path='.*outer/\*\*/\*.png'"),
         (["signal.path={folder}/0.png", "signal.glitter=3"], "not in 'Options'; there are grey, crop, "),
-        (["signal.path={folder}/0.png", "signal.crop=400"], "is 400; the picture is 20 x 24, of which 1 to 20 can"),
+        (["signal.path={folder}/0.png", "signal.crop=400"], "is 400; .*0.png is 20 x 24, of which 1 to 20 can"),
         (["signal.path={folder}/0.png", "task=poisson", "field.mlp.activation.name=relu", "signal.given=laplacian"],
          "derivatives of order 2"),
         (["signal.path={folder}/0.png", "task=super_resolution", "optim.points=3"], "leave out optim.points"),

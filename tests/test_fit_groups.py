@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,51 @@ def test_signals_of_several_shapes_are_fitted_as_each_alone(folder: Path, name: 
     assert together.facts()["size"] == {"20x24x3": (20, 24), "24x20x3": (24, 20), "20x24x1": (20, 24)}
 
 
+def test_pictures_of_several_sizes_cropped_are_one_batch(folder: Path) -> None:
+    kind, paths = TASKS["image"], [folder / "mixed" / name for name in ("0.png", "1.png")]
+    [(shape, task)] = make_tasks(kind, paths, kind.Options(crop=16), CPU).items()
+    assert shape == ""
+    for truth, own in zip(
+        task.truth.numpy(), (PICTURES["0.png"][2:18, 4:20], PICTURES["1.png"][4:20, 2:18]), strict=True
+    ):
+        np.testing.assert_allclose(truth, own / 255, atol=1e-6)
+    with pytest.raises(InputError, match=r"signal\.crop is 21; .*0\.png is 20 x 24"):
+        kind(paths, kind.Options(crop=21), CPU)
+
+
+@pytest.mark.parametrize("name", ["denoising", "tomography"])
+def test_noise_is_the_same_whatever_is_fitted_beside_it(folder: Path, name: str) -> None:
+    kind, paths = TASKS[name], [folder / "mixed" / name for name in PICTURES]
+    options = kind.Options(sigma=0.1, **({"views": 4} if name == "tomography" else {}))
+
+    def measured(task: Any) -> Any:
+        return task.noisy if name == "denoising" else task.measured
+
+    together = {name: own for task in make_tasks(kind, paths, options, CPU).values()
+                for name, own in zip(task.names, measured(task), strict=True)}  # fmt: skip
+    assert together.keys() == PICTURES.keys()
+    for path in paths:
+        assert torch.equal(together[path.name], measured(kind([path], options, CPU))[0])
+    assert not torch.equal(together["0.png"], together["2.png"])
+
+
+def test_a_metric_that_some_shapes_lack_is_named(tmp_path: Path) -> None:
+    for name, size in (("large.png", 16), ("small.png", 9)):
+        Image.fromarray(picture(0, size, size)).save(tmp_path / name)
+    going = done(started([tmp_path / "large.png", tmp_path / "small.png"], FitOptimConfig(steps=1)))
+    assert list(going.final) == ["psnr"]
+    assert going.partial() == {"ssim": ["9x9x3"]}
+
+
+def test_files_that_changed_their_shapes_are_refused(folder: Path) -> None:
+    paths = [folder / "mixed" / name for name in ("0.png", "1.png", "2.png", "4.png")]
+    started(paths).save(folder / "state")
+    Image.fromarray(PICTURES["1.png"]).save(paths[0])
+    Image.fromarray(PICTURES["0.png"]).save(paths[1])
+    with pytest.raises(InputError, match="have other shapes than when"):
+        started(paths).restore(folder / "state")
+
+
 def test_signals_of_several_shapes_go_through_the_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = folder / "run"
     (folder / "mixed/more").mkdir()
@@ -209,10 +255,11 @@ def test_each_signal_keeps_the_weights_of_its_own_best(folder: Path) -> None:
         best.look(step, {"psnr": psnr, "ssim": [step / 10, step / 5]}, "psnr", fields)
     assert best.steps == [3, 2]
     assert best.metrics == {"psnr": [7.0, 6.0], "ssim": [0.3, 0.4]}
-    for value in best.field(fields).parameters():
+    assert all(value.unique().tolist() == [4] for value in fields.parameters())
+    fields.load_state_dict(best.weights)
+    for value in fields.parameters():
         assert value[0].unique().tolist() == [3]
         assert value[1].unique().tolist() == [2]
-    assert all(value.unique().tolist() == [4] for value in fields.parameters())  # these stay as they are
 
 
 def test_the_best_field_shows_what_is_reported_as_best(folder: Path) -> None:

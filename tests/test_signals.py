@@ -15,7 +15,7 @@ from mwt.errors import InputError
 from mwt.fields import Field, FieldConfig, build_field
 from mwt.fields.config import MLPConfig
 from mwt.signals import pictures, poisson, restoration
-from mwt.signals.image import ImageTask, centre, image_frame
+from mwt.signals.image import ImageTask, image_frame
 from mwt.signals.restoration import DenoisingTask, InpaintingTask, SuperResolutionTask
 
 CPU = torch.device("cpu")
@@ -76,9 +76,9 @@ def test_a_field_that_is_the_picture_has_no_error(path: Path) -> None:
 
 
 def test_the_square_in_the_middle() -> None:
-    pictures_ = torch.arange(5 * 8.0).view(1, 5, 8, 1)
-    assert centre(pictures_, 3)[0, ..., 0].tolist() == [[10, 11, 12], [18, 19, 20], [26, 27, 28]]
-    assert centre(pictures_, None) is pictures_
+    picture = torch.arange(5 * 8.0).view(5, 8, 1)
+    assert pictures.centre(picture, 3, "it")[..., 0].tolist() == [[10, 11, 12], [18, 19, 20], [26, 27, 28]]
+    assert torch.equal(pictures.centre(picture, None, "it"), picture)
 
 
 def test_aspect_keeps_pixels_square() -> None:
@@ -149,12 +149,12 @@ def test_known_pixels_on_a_line_have_a_baseline(path: Path) -> None:
 
 def test_noise_has_the_size_that_is_said() -> None:
     flat = torch.full((200, 200, 1), 0.5)
-    gaussian = restoration.add_noise(flat, DenoisingTask.Options(sigma=0.1), 0) - flat
+    gaussian = restoration.add_noise(flat, DenoisingTask.Options(sigma=0.1), "a.png") - flat
     assert float(gaussian.std()) == pytest.approx(0.1, rel=0.02)
-    photons = restoration.add_noise(flat, DenoisingTask.Options(photons=40.0, readout=2.0), 0) - flat
+    photons = restoration.add_noise(flat, DenoisingTask.Options(photons=40.0, readout=2.0), "a.png") - flat
     assert float(photons.std()) == pytest.approx((0.5 * 40 + 4) ** 0.5 / 40, rel=0.02)
     assert abs(float(photons.mean())) < 0.005
-    other = restoration.add_noise(flat, DenoisingTask.Options(sigma=0.1), 1) - flat
+    other = restoration.add_noise(flat, DenoisingTask.Options(sigma=0.1), "b.png") - flat
     assert not torch.equal(gaussian, other)
 
 

@@ -120,15 +120,15 @@ def test_angles() -> None:
 
 def test_noise_has_the_size_that_is_said() -> None:
     flat = torch.full((200, 200), 0.5)
-    gaussian = add_noise(flat, TomographyTask.Options(sigma=0.1), 0) - flat
+    gaussian = add_noise(flat, TomographyTask.Options(sigma=0.1), "a.png") - flat
     assert float(gaussian.std()) == pytest.approx(0.05, rel=0.02)
     # Counts I0 exp(-d) with d = 3 have a variance of their mean + readout^2; d(log) = dI / I
     options = TomographyTask.Options(photons=1e5, readout=20.0)
-    photons = add_noise(flat, options, 0) - flat
+    photons = add_noise(flat, options, "a.png") - flat
     counts = 1e5 * math.exp(-3)
     assert float(photons.std()) == pytest.approx(math.sqrt(counts + 400) / counts * 0.5 / 3, rel=0.03)
     assert abs(float(photons.mean())) < 1e-4
-    assert torch.equal(add_noise(flat, TomographyTask.Options(), 0), flat)
+    assert torch.equal(add_noise(flat, TomographyTask.Options(), "a.png"), flat)
 
 
 def test_dicom_is_scaled_and_windowed() -> None:

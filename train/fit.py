@@ -150,7 +150,7 @@ def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
             log.write(epoch=0.0, split="signal", **row)
 
         def on_evaluation(found: Evaluation) -> None:
-            row = going.curve[-1]
+            row = going.row(-1)
             log.write(epoch=0.0, split="signal", **row)
             bar.set_postfix({metric: f"{row[metric]:.2f}", "best": f"{going.best[metric]:.2f}"})
             if film:
@@ -181,19 +181,29 @@ def conclude(going: GroupedFit, config: FitConfig, peak_memory: int) -> None:
     folder.mkdir(exist_ok=True)
     for shape, own in going.fits.items():
         save_field(own.fields, own.task.frame, shape_folder(run / "field", shape))
-        save_field(own.best.field(own.fields), own.task.frame, shape_folder(run / "best_field", shape))
         files += own.task.write(own.fields, folder)
     if config.run.curves:
         (run / "curves.png").write_bytes(figure_png(curve_figure(going.curve, going.metric)))
     if going.ranks:
         (run / "ranks.png").write_bytes(figure_png(rank_figure({config.optim.name: going.ranks})))
         write_json(run / "ranks.json", [asdict(row) for row in going.ranks])
-    if config.run.film:
-        Film(run / "film").write(run / "progress.gif")
+    film = Film(run / "film") if config.run.film else None
+    if film:
+        film.write(run / "progress.gif")
+    for shape, own in going.fits.items():  # last: from here on the fields are those of the best evaluations
+        own.fields.load_state_dict(own.best.weights)
+        save_field(own.fields, own.task.frame, shape_folder(run / "best_field", shape))
     cpu_seconds = round(time.process_time(), 2)
     write_json(run / "result.json", {**result(going, config), "peak_memory": peak_memory, "cpu_seconds": cpu_seconds})
     (run / "checkpoint.safetensors").unlink(missing_ok=True)
+    if film:
+        film.remove()
     print(f"\n{result_table(going)}\n")
+    for name, shapes in going.partial().items():
+        print(
+            f"warning: {name} is not defined for signals of {', '.join(shapes)}: there is no mean of it.",
+            file=sys.stderr,
+        )
     print(f"Written: {run}/result.json, field/, best_field/ and {', '.join(str(f.relative_to(run)) for f in files[:4])}"
           + (", …" if len(files) > 4 else ""))  # fmt: skip
 

@@ -55,23 +55,6 @@ def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
     )
 
 
-def centre(pictures: Float[Tensor, "N h w C"], size: int | None) -> Float[Tensor, "N H W C"]:
-    """The square in the middle.
-
-    Raises:
-        InputError: the pictures are smaller.
-    """
-    if size is None:
-        return pictures
-    height, width = pictures.shape[1:3]
-    if not 1 <= size <= min(height, width):
-        raise InputError(
-            f"signal.crop is {size}; the picture is {height} x {width}, of which 1 to {min(height, width)} can be used."
-        )
-    top, left = (height - size) // 2, (width - size) // 2
-    return pictures[:, top : top + size, left : left + size]
-
-
 class ImageTask(Task):
     """Mean squared error at pixels. What a field is compared with is the picture itself."""
 
@@ -83,7 +66,7 @@ class ImageTask(Task):
         """Those of all pictures."""
 
     def __init__(self, paths: Sequence[Path], options: ImageOptions, device: torch.device) -> None:
-        pictures = centre(read_pictures(paths, grey=options.grey), options.crop).to(device)
+        pictures = read_pictures(paths, grey=options.grey, crop=options.crop).to(device)
         self.names = signal_names(paths)
         if options.scale < 1:
             raise InputError(f"signal.scale is {options.scale}; it must be at least 1.")

@@ -72,18 +72,35 @@ def _read_array(path: Path) -> np.ndarray:
     return array.astype(np.float32)
 
 
-def read_pictures(paths: Sequence[Path], *, grey: bool = False) -> Float[Tensor, "N h w C"]:
-    """Several pictures of one size.
+def centre(picture: Float[Tensor, "h w C"], size: int | None, name: str) -> Float[Tensor, "H W C"]:
+    """The square in the middle.
 
     Raises:
-        InputError: as of `read_picture`, or sizes differ; names the file.
+        InputError: the picture is smaller.
     """
-    pictures = [read_picture(path, grey=grey) for path in paths]
+    if size is None:
+        return picture
+    height, width = picture.shape[:2]
+    if not 1 <= size <= min(height, width):
+        raise InputError(
+            f"signal.crop is {size}; {name} is {height} x {width}, of which 1 to {min(height, width)} can be used."
+        )
+    top, left = (height - size) // 2, (width - size) // 2
+    return picture[top : top + size, left : left + size]
+
+
+def read_pictures(paths: Sequence[Path], *, grey: bool = False, crop: int | None = None) -> Float[Tensor, "N h w C"]:
+    """Several pictures of one size, or the squares of `crop` pixels in their middles.
+
+    Raises:
+        InputError: as of `read_picture`, smaller than `crop`, or sizes differ; names the file.
+    """
+    pictures = [centre(read_picture(path, grey=grey), crop, str(path)) for path in paths]
     for path, picture in zip(paths, pictures, strict=True):
         if picture.shape != pictures[0].shape:
             raise InputError(
-                f"{path} is {describe(picture)} and {paths[0]} is {describe(pictures[0])}; pictures that are fitted "
-                "together have one size and one number of channels."
+                f"{path} is {describe(picture)} and {paths[0]} is {describe(pictures[0])}; pictures of one batch "
+                "have one size and one number of channels."
             )
     return torch.stack(pictures)
 

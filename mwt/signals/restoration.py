@@ -247,7 +247,7 @@ class DenoisingTask(ImageTask):
     def __init__(self, paths: Sequence[Path], options: Options, device: torch.device) -> None:
         super().__init__(paths, options, device)
         self.noisy = torch.stack(
-            [add_noise(picture, options, position) for position, picture in enumerate(self.truth.cpu())]
+            [add_noise(picture, options, path.name) for path, picture in zip(paths, self.truth.cpu(), strict=True)]
         ).to(device)
         self.values = self.frame.to_values(self.noisy.flatten(1, 2))
 
@@ -270,13 +270,15 @@ class DenoisingTask(ImageTask):
         return files
 
 
-def add_noise(picture: Float[Tensor, "h w C"], options: DenoisingTask.Options, position: int) -> Float[Tensor, "h w C"]:
+def add_noise(picture: Float[Tensor, "h w C"], options: DenoisingTask.Options, name: str) -> Float[Tensor, "h w C"]:
     """Gaussian noise, or photon and readout noise: (Poisson(tau x) + readout N(0, 1)) / tau. Not clamped.
+
+    It depends on `noise_seed` and the file's name: the same whatever is fitted beside it.
 
     Raises:
         InputError: a negative deviation or no photons.
     """
-    generator = _generator(options.noise_seed, "noise", position)
+    generator = _generator(options.noise_seed, f"noise/{name}")
     if options.photons is None:
         if options.sigma <= 0:
             raise InputError(f"signal.sigma is {options.sigma}; it must be positive.")
@@ -287,5 +289,5 @@ def add_noise(picture: Float[Tensor, "h w C"], options: DenoisingTask.Options, p
     return (counts + options.readout * torch.randn(picture.shape, generator=generator)) / options.photons
 
 
-def _generator(seed: int, purpose: str, position: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(derived_seed(seed, purpose, position))
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(seed, purpose))

@@ -101,9 +101,9 @@ class Queries:
         return Queries(self.coords[:, index], self.values[:, index], self.normals[:, index], self.surface[index])
 
 
-def ask(mesh: Mesh, options: ShapeOptions, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def ask(mesh: Mesh, options: ShapeOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Points [Q, 3], values [Q] and normals [Q, 3] of one shape: those anywhere, then near, then on the surface."""
-    rng = np.random.default_rng(derived_seed(options.points_seed, "shape", position))
+    rng = np.random.default_rng(derived_seed(options.points_seed, "shape"))
     anywhere, near, on = counts(options)
     spread = sample_surface(mesh, near, rng)[0] + options.spread * rng.standard_normal((near, 3))
     points, owners = sample_surface(mesh, on, rng)
@@ -174,7 +174,7 @@ class ShapeTask(Task):
     def _ask(self, device: torch.device) -> Queries:
         """Points of all shapes, and what is known at them."""
         options = self.options
-        found = [ask(mesh, options, position) for position, mesh in enumerate(self.meshes)]
+        found = [ask(mesh, options) for mesh in self.meshes]
         coords, values, normals = (
             torch.from_numpy(np.stack(part)).float().to(device) for part in zip(*found, strict=True)
         )

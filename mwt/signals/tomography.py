@@ -24,8 +24,8 @@ from mwt.errors import InputError
 from mwt.fields import Field
 from mwt.rng import derived_seed
 from mwt.signals.dicom import read_dicom
-from mwt.signals.image import ImageOptions, ImageTask, centre
-from mwt.signals.pictures import PICTURES, psnr, read_picture, to_bytes, write_picture
+from mwt.signals.image import ImageOptions, ImageTask
+from mwt.signals.pictures import PICTURES, centre, psnr, read_picture, to_bytes, write_picture
 from mwt.signals.task import means, predict, show, signal_names
 
 
@@ -88,17 +88,18 @@ class Scan:
         return torch.cat([scan.integrals(values, part) for part in parts], dim=1).unflatten(1, (-1, self.size))
 
 
-def add_noise(sinogram: Float[Tensor, "V n"], options: TomographyTask.Options, position: int) -> Float[Tensor, "V n"]:
+def add_noise(sinogram: Float[Tensor, "V n"], options: TomographyTask.Options, name: str) -> Float[Tensor, "V n"]:
     """What a detector would have measured; as it is, where no noise is asked for.
 
     photons: Beer and Lambert's law. The largest integral is taken as an optical depth of `attenuation`; counts are
     Poisson(photons exp(-depth)) + readout N(0, 1), at least one, and the integral is what their logarithm says.
     sigma: Gaussian, of so large a share of the largest integral.
+    Random numbers depend on `noise_seed` and the file's name: the same whatever is fitted beside it.
 
     Raises:
         InputError: a negative deviation, no photons, or both kinds at once.
     """
-    generator = torch.Generator().manual_seed(derived_seed(options.noise_seed, "tomography", position))
+    generator = torch.Generator().manual_seed(derived_seed(options.noise_seed, f"tomography/{name}"))
     if options.sigma < 0 or options.readout < 0 or options.attenuation <= 0:
         raise InputError("signal.sigma and signal.readout cannot be negative, and signal.attenuation must be positive.")
     largest = float(sinogram.max())
@@ -193,7 +194,8 @@ class TomographyTask(ImageTask):
         clean = self.scan.of_pictures(self.truth[..., 0], samples=2 * size).cpu()
         if not float(clean.flatten(1).amax(1).min()) > 0:
             raise InputError("A slice is black inside the disc: there is nothing to scan (signal.window).")
-        self.measured = torch.stack([add_noise(one, options, i) for i, one in enumerate(clean)]).to(device)
+        noisy = [add_noise(one, options, path.name) for path, one in zip(paths, clean, strict=True)]
+        self.measured = torch.stack(noisy).to(device)
         """Sinograms [N, V, n] in radii."""
 
     @property
@@ -275,4 +277,4 @@ def read_slice(path: Path, options: TomographyTask.Options) -> Float[Tensor, "n 
     """
     dicom = path.suffix.lower() == ".dcm"
     picture = read_dicom(path, options.window) if dicom else read_picture(path, grey=True)
-    return centre(picture[None], options.crop or min(picture.shape[:2]))[0]
+    return centre(picture, options.crop or min(picture.shape[:2]), str(path))

@@ -160,8 +160,9 @@ class GridModel:
         return sum(self.metrics) / len(self.metrics)
 
 
-def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]:
-    """The field of each row that a grid of `train.fit` has fitted, and how many of its runs have no result.
+def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int, dict[str, str]]:
+    """The field of each row that a grid of `train.fit` has fitted, how many of its runs have no result, and which rows
+    are left out, and why: those of several signals of several shapes, which have a field for each shape.
 
     Runs in its folder that belong to no row (of another scale, or of overrides that are no longer) are left out.
 
@@ -190,8 +191,11 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
             groups[tuple(run.folder.name for run in runs)] = runs
     if not groups:
         raise InputError(f"{folder} holds no finished run of train.fit.")
-    found = []
+    found, left_out = [], {}
     for runs in groups.values():
+        if len(runs[0].result["fields"]) > 1:
+            left_out[f"{runs[0].config.task}: {runs[0].folder.name}"] = "fields of several shapes"
+            continue
         for run in runs:
             if metric is not None and metric not in run.result["final"]:
                 raise InputError(f"{run.folder}: there is no {metric}; there are {', '.join(run.result['final'])}.")
@@ -208,4 +212,4 @@ def grid_models(folder: Path, metric: str | None) -> tuple[list[GridModel], int]
                 metrics=tuple(float(run.result["final"][name]) for run in runs),
             )
         )
-    return found, len(unfinished)
+    return found, len(unfinished), left_out
