@@ -278,7 +278,9 @@ def test_training_on_shapes(
             f"run.dir={tmp_path / name}", *more,
         ])  # fmt: skip
 
-    assert train("ahead") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "has_core_to_spare", lambda device: True)
+        assert train("ahead") == 0
     assert "memory    about" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(program, "OuterLoop", lambda **parts: OuterLoop(**{**parts, "prepare_ahead": False}))

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data_pipes.augment import augment
+from data_pipes.processes import available_cores
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from mwt import memory, runtime
@@ -97,6 +98,12 @@ def prepare_batch(batch: Batch, config: ClassifyConfig, epoch: int) -> Batch:
     return asked_ahead(batch, config.inner_loop, seed=seed, epoch=epoch) if batch.is_surface else batch
 
 
+def has_core_to_spare(device: torch.device) -> bool:
+    """Whether something can be made beside a step at no cost to it. A GPU would do both in turn; on a CPU whose cores
+    all work on the step, torch's waiting threads slow both (RESULTS.md, Reading)."""
+    return device.type == "cpu" and torch.get_num_threads() < available_cores()
+
+
 def build(
     config: ClassifyConfig, info: DatasetInfo, accelerator: Accelerator, *, resuming: bool
 ) -> tuple[OuterLoop, Split, Batch]:
@@ -119,7 +126,7 @@ def build(
         accelerator=accelerator,
         train=train,
         prepare=lambda batch, epoch: prepare_batch(batch, config, epoch),
-        prepare_ahead=example.is_surface and device.type == "cpu",  # a GPU would do both in turn
+        prepare_ahead=example.is_surface and has_core_to_spare(device),
         monitored=monitored,
         may_choose=monitored is not None and monitored.name == "val" != config.data.test_split,
         model=model,
