@@ -189,7 +189,7 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     """Run a program's `main` and leave with its exit status.
 
     0 done, 2 bad input, 3 what is asked for is not defined, 4 a fit has diverged, 5 out of memory, 130 Ctrl-C,
-    143 SIGTERM, 1 else.
+    141 nobody reads the output any more (`| head`), 143 SIGTERM, 1 else.
 
     Errors that a person can mend are one sentence on stderr without a traceback.
     """
@@ -201,6 +201,8 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
         status = _complain(str(error), 4 if isinstance(error, DivergedError) else 1)
     except KeyboardInterrupt:
         status = _complain("interrupted.", 130)
+    except BrokenPipeError:
+        status = _reader_has_left()
     except OSError as error:
         if error.errno not in TO_MEND:
             raise
@@ -209,7 +211,10 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
         if not is_out_of_memory(error):
             raise
         status = _complain(f"out of memory: {(str(error).splitlines() or ['no more can be had'])[0]}", 5)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = _reader_has_left()
     raise SystemExit(status)
 
 
@@ -218,6 +223,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _reader_has_left() -> int:
+    """Whoever read stdout (`| head`) is gone: nothing more goes there, not even what Python flushes at its end."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    return 128 + signal.SIGPIPE
 
 
 def _complain(message: str, status: int) -> int:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,6 +74,26 @@ def test_memory_that_torch_cannot_have_is_told_apart_from_a_mistake(capsys: pyte
         run_program(main)
     assert left.value.code == 5
     assert "error: out of memory: " in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_any_more_ends_a_program_quietly() -> None:
+    """As `program | head` does. In processes of their own: what Python flushes at its very end is a part of it."""
+    program = """
+import os
+from mwt.runtime import run_program
+for lines in (1, 100_000):  # kept back until the end, and more than a pipe takes
+    child = os.fork()
+    if not child:
+        run_program(lambda argv: print("line\\n" * lines))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 141
+"""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the whole process's")
