@@ -25,10 +25,10 @@ from eval import grid as program
 from mwt.config import DEBUG, ClassifyConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
-from mwt.fields import list_activations
+from mwt.fields import build_field, list_activations
 from mwt.fit_config import FitConfig
 from mwt.grids.config import RowsConfig, load_grid
-from mwt.grids.plan import Cell, expand, published
+from mwt.grids.plan import Cell, Job, expand, published
 from mwt.grids.table import look_up
 from mwt.runtime import run_program
 
@@ -726,6 +726,13 @@ def settings(cell: Cell, stage: str = "train") -> ClassifyConfig:
     return classify.parse(cell.jobs[0][stage].arguments(Path("JOBS")))[1]
 
 
+def fit_settings(job: Job) -> FitConfig:
+    """What train.fit makes of a job's words, read by its own parser."""
+    import train.fit
+
+    return train.fit.parse(job.arguments(Path("JOBS")))[1]
+
+
 def diagonals(rows: list[RowsConfig]) -> list[RowsConfig]:
     """Every value of every axis of a product in at least one row, instead of all combinations."""
     found = []
@@ -767,7 +774,15 @@ def test_other_grids_are_accepted_by_their_programs(path: Path) -> None:
         grid = replace(grid, rows=diagonals(grid.rows), base="itself", scales=scales)
     for scale in grid.scales:
         cells = expand(grid, path, scale, seeds=[0])  # others have the same words but for the seed
-        assert len({job.id for cell in cells for chain in cell.jobs.values() for job in chain.values()}) >= len(cells)
+        jobs = {job.id: job for cell in cells for chain in cell.jobs.values() for job in chain.values()}
+        assert len(jobs) >= len(cells)
+        fields = {tuple(word for word in job.words if word.startswith(("field.", "configs"))): job
+                  for job in jobs.values() if job.program == "train.fit"}  # fmt: skip
+        for job in fields.values():  # settings that go together are known when a field is made: no omega for ReLU
+            field = fit_settings(job).field
+            small = replace(field, mlp=replace(field.mlp, width=8), kan=replace(field.kan, width=8))
+            if field.name in ("mlp", "kan"):
+                build_field(small, coordinate_dims=2, channels=1, seed=0)
 
 
 @pytest.mark.parametrize("scale", SCALES)
