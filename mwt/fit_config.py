@@ -11,15 +11,43 @@ from mwt.fields.config import FieldConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """How Muon makes its steps (`mwt.muon.Muon`), and which matrices it takes (`mwt.muon_groups`)."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of their products; auto: bf16 on GPUs, fp32 elsewhere."""
+    eps: float = 1e-7
+    """The least norm that a gradient is divided by."""
+    adjust: Literal["original", "match_rms_adamw", "spectral"] = "original"
+    """The factor of a step, by the matrix's sizes."""
+    first: bool = False
+    """Take the first layer too; for encoded coordinates."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of parameters, such as hidden.2.*, that are left to Adam."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML brings a list
+        require(0 <= self.momentum < 1, f"optim.muon.momentum is {self.momentum}; it must lie in [0, 1).")
+        require(self.ns_steps >= 1, f"optim.muon.ns_steps is {self.ns_steps}; it must be at least 1.")
+        require(self.eps > 0, f"optim.muon.eps is {self.eps}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitOptimConfig:
     """How a field is fitted. Rates fall, to zero or lr_min, over exactly the steps that are run."""
 
     name: Literal["adam", "muon", "lbfgs"] = "adam"
     """muon: the matrices between hidden layers by Muon, everything else by Adam. lbfgs: all points, one signal."""
     lr: float = 1e-3
-    """Adam's rate; with muon that of everything but the hidden matrices; lbfgs's first step, for which give 1."""
+    """Adam's rate; with muon that of everything but the hidden matrices. lbfgs has none: it searches from 1."""
     lr_muon: float | None = None
-    """Muon's; null: 0.03 times the median spectral norm of the hidden matrices at the start (docs/muon.md)."""
+    """Muon's; null: a share of the median spectral norm of the hidden matrices at the start, 0.03, or 0.09 of plain
+    ReLU networks (docs/muon.md)."""
+    muon: MuonConfig = made(default_factory=MuonConfig)
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of Adam's moments; with muon those of everything but the hidden matrices."""
     eps: float = 1e-8
@@ -28,7 +56,7 @@ class FitOptimConfig:
     points: int | None = None
     """Points that a step sees, each once before any comes again; null: all."""
     schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-    """Of adam and muon; lbfgs has a line search. exponential: by the same factor in each step, down to lr_min."""
+    """Of adam and muon. exponential: by the same factor in each step, down to lr_min."""
     lr_min: float = 0.0
     """Where `lr` ends; a Muon rate beside it falls by the same factor. A constant rate knows no end."""
     weight_decay: float = 0.0
@@ -50,6 +78,10 @@ class FitOptimConfig:
         require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive.")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it cannot be negative.")
         require(self.total_variation >= 0, "optim.total_variation cannot be negative.")
+        require(
+            self.name == "muon" or (self.lr_muon is None and self.muon == MuonConfig()),
+            f"optim.name is {self.name}, but optim.lr_muon or optim.muon is set: say optim.name=muon, or leave it out.",
+        )
         require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
         require(
             self.name != "lbfgs" or (self.betas, self.eps) == ((0.9, 0.999), 1e-8),
@@ -57,7 +89,7 @@ class FitOptimConfig:
         )
         require(
             self.name != "lbfgs" or self.points is None,
-            "optim.name=lbfgs looks along a line and needs the same points in each step: leave out optim.points.",
+            "optim.name=lbfgs looks along a line and needs the same points in each step: optim.points=null.",
         )
 
 

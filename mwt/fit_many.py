@@ -27,6 +27,7 @@ from torch import Tensor
 from mwt.errors import InputError
 from mwt.fit_set_config import FitConfig
 from mwt.muon import ADJUST, newton_schulz
+from mwt.muon_groups import RELATIVE_LR
 from mwt.observe import random_subsets
 from mwt.rng import uniform
 from mwt.weight_space import Layout, Weights, render
@@ -174,9 +175,19 @@ def _update(layout: Layout, config: FitConfig, state: State, gradients: Weights)
     matrices = list(own.weights)
     for i in range(1, len(matrices) - 1):
         mixed = gradients.weights[i].lerp(momenta.weights[i], config.momentum)  # Nesterov
-        scale = config.muon_lr * ADJUST["original"](*mixed.shape[-2:])
+        scale = (config.muon_lr or muon_lr(layout, i)) * ADJUST["original"](*mixed.shape[-2:])
         matrices[i] = (scale * rate[:, None, None]).to(kind) * newton_schulz(mixed)
     return Weights(tuple(matrices), own.biases).flat()
+
+
+def muon_lr(layout: Layout, i: int) -> float:
+    """Muon's rate for matrix i: RELATIVE_LR times its expected spectral norm at the start, 2.8 / omega where square.
+
+    A matrix [m, n] of independent entries has the norm sd (sqrt m + sqrt n) for large m and n; here sd is that of
+    U(+-sqrt(6 / n) / omega). `mwt.muon_groups.default_lr` measures it instead, but no network may depend on the others.
+    """
+    outputs, inputs = layout.shapes[i]
+    return RELATIVE_LR * (2 / inputs) ** 0.5 * (outputs**0.5 + inputs**0.5) / layout.omegas[i]
 
 
 def _decays(layout: Layout, config: FitConfig, like: Tensor) -> Float[Tensor, " W"]:

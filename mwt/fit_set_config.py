@@ -19,11 +19,12 @@ class FitConfig:
     """Adam's rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    muon_lr: float = 0.02
+    muon_lr: float | None = None
+    """Null: 0.03 times the spectral norm that hidden matrices of SIREN begin with (`mwt.fit_many.muon_lr`)."""
     momentum: float = 0.95
     """Muon's, with Nesterov."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """cosine: both rates fall from full to 0 over `steps`."""
+    schedule: Literal["constant", "cosine"] | None = None
+    """cosine: both rates fall from full to 0 over `steps`. Null: cosine with muon, which needs it; else constant."""
     steps: int = 1000
     target_psnr: float | None = None
     """dB over all points at which a network stops; null: all take `steps` steps."""
@@ -34,8 +35,11 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))  # YAML brings a list
+        if self.schedule is None:
+            object.__setattr__(self, "schedule", "cosine" if self.optimizer == "muon" else "constant")
         for name in ("lr", "muon_lr", "eps"):
-            require(getattr(self, name) > 0, f"fit.{name} is {getattr(self, name)}; it must be positive.")
+            value = getattr(self, name)
+            require(value is None or value > 0, f"fit.{name} is {value}; it must be positive.")
         for name in ("steps", "check_every"):
             require(getattr(self, name) >= 1, f"fit.{name} is {getattr(self, name)}; it must be at least 1.")
         for value in (*self.betas, self.momentum):

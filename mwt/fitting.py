@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -61,13 +61,15 @@ def make_fit_optimizer(fields: Field, config: FitOptimConfig) -> torch.optim.Opt
         if fields.copies is not None:
             raise InputError("optim.name=lbfgs takes one signal at a time: its line search would couple several.")
         return torch.optim.LBFGS(
-            fields.parameters(), lr=config.lr, max_iter=20, history_size=100, line_search_fn="strong_wolfe"
+            fields.parameters(), lr=1.0, max_iter=20, history_size=100, line_search_fn="strong_wolfe"
         )
     decay = config.weight_decay
     adam: dict[str, Any] = {"betas": config.betas, "eps": config.eps}
     if config.name == "muon":
-        groups = split_parameters(fields).groups(lr=config.lr_muon, lr_adam=config.lr)
-        return Muon([{**group, "weight_decay": decay, **({} if group["use_muon"] else adam)} for group in groups])
+        own = asdict(config.muon)
+        split = split_parameters(fields, muon_first=own.pop("first"), exclude=own.pop("exclude"))
+        groups = split.groups(lr=config.lr_muon, lr_adam=config.lr, relative=fields.relative_lr)
+        return Muon([{**group, "weight_decay": decay, **(own if group["use_muon"] else adam)} for group in groups])
     return torch.optim.AdamW(fields.parameters(), lr=config.lr, weight_decay=decay, **adam)  # decay 0: Adam
 
 

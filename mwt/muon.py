@@ -20,10 +20,11 @@ from mwt.errors import InputError
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial a s + b s^3 + c s^5 that `newton_schulz` applies to the singular values (Jordan 2024)."""
 
-LAYOUTS = ("out_in", "in_out", "conv", "qkv")
+LAYOUTS = ("out_in", "in_out", "complex_in_out", "conv", "qkv")
 """How a parameter holds its matrices. out_in, in_out: a matrix [out, in] (`nn.Linear`) or [in, out], or a stack of them
-whose leading axes are independent networks. conv: a kernel [out, in, *space], one matrix [out, in * space]. qkv: rows
-of queries, keys and values, three matrices of equal size [3 * out, in]. None: one matrix [out, in], nothing else."""
+whose leading axes are independent networks. complex_in_out: the same of complex numbers as pairs, [in, out, 2]. conv: a
+kernel [out, in, *space], one matrix [out, in * space]. qkv: rows of queries, keys and values, three matrices of equal
+size [3 * out, in]. None: one matrix [out, in], nothing else."""
 
 ADJUST: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -87,6 +88,8 @@ def as_matrices(tensor: Tensor, layout: str | None) -> Tensor:
     match layout:
         case "in_out":
             return tensor.mT
+        case "complex_in_out":
+            return torch.view_as_complex(tensor).mT
         case "conv":
             return tensor.flatten(1)
         case "qkv":
@@ -96,7 +99,12 @@ def as_matrices(tensor: Tensor, layout: str | None) -> Tensor:
 
 def _from_matrices(matrices: Tensor, layout: str | None, shape: torch.Size) -> Tensor:
     """The inverse of `as_matrices`."""
-    return matrices.mT if layout == "in_out" else matrices.reshape(shape)
+    match layout:
+        case "in_out":
+            return matrices.mT
+        case "complex_in_out":
+            return torch.view_as_real(matrices.mT.resolve_conj())
+    return matrices.reshape(shape)
 
 
 def check_layout(name: str, parameter: Tensor, layout: str | None) -> None:
@@ -120,6 +128,8 @@ def check_layout(name: str, parameter: Tensor, layout: str | None) -> None:
         )
     if layout == "conv" and ndim < 3:
         raise InputError(f"Muon: layout='conv', but {name} {shape} is no kernel [out, in, *space].")
+    if layout == "complex_in_out" and (ndim < 3 or shape[-1] != 2):
+        raise InputError(f"Muon: layout='complex_in_out', but {name} {shape} does not end in pairs of numbers.")
     if layout == "qkv" and shape[-2] % 3:
         raise InputError(f"Muon: layout='qkv', but the {shape[-2]} rows of {name} {shape} are not three equal parts.")
     if not (parameter.is_floating_point() or parameter.is_complex()):

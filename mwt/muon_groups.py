@@ -21,6 +21,8 @@ from mwt.muon import as_matrices, check_layout
 
 RELATIVE_LR = 0.03
 """`default_lr` as a share of the median spectral norm of the matrices at the beginning."""
+RELATIVE_LR_RELU = 0.09
+"""The same for plain ReLU networks, whose best rates lie three times as high."""
 
 
 @runtime_checkable
@@ -64,27 +66,29 @@ class Split:
         """The others."""
         return [role for role in self.roles if role.layout is None]
 
-    def muon_groups(self, *, lr: float | None = None, **options: Any) -> list[Any]:
+    def muon_groups(self, *, lr: float | None = None, relative: float = RELATIVE_LR, **options: Any) -> list[Any]:
         """Groups of `mwt.muon.Muon`, one for each layout. `lr` None: `default_lr` of the group's matrices."""
         groups = []
         for layout in dict.fromkeys(role.layout for role in self.muon):
             roles = [role for role in self.muon if role.layout == layout]
-            rate = default_lr([role.matrices for role in roles]) if lr is None else lr
+            rate = default_lr([role.matrices for role in roles], relative=relative) if lr is None else lr
             params = [(role.name, role.parameter) for role in roles]
             groups.append({"params": params, "use_muon": True, "lr": rate, "layout": layout, **options})
         return groups
 
-    def groups(self, *, lr: float | None = None, lr_adam: float = 1e-3, **options: Any) -> list[dict[str, Any]]:
+    def groups(
+        self, *, lr: float | None = None, lr_adam: float = 1e-3, relative: float = RELATIVE_LR, **options: Any
+    ) -> list[dict[str, Any]]:
         """All groups of `mwt.muon.Muon`.
 
         Args:
-            lr: of Muon; None: `default_lr`.
+            lr: of Muon; None: `default_lr`, with `relative`.
             lr_adam: of everything else.
             options: further keys of the Muon groups, such as weight_decay.
         """
         rest = [(role.name, role.parameter) for role in self.adam]
         adam = [{"params": rest, "use_muon": False, "lr": lr_adam}] if rest else []
-        return [*self.muon_groups(lr=lr, **options), *adam]
+        return [*self.muon_groups(lr=lr, relative=relative, **options), *adam]
 
     def report(self) -> str:
         """A table for people: what goes where, and why."""
@@ -148,7 +152,7 @@ def _declared(module: nn.Module, muon_first: bool, *, whole: bool = True) -> Ite
             first = getattr(getattr(module, "first", None), "weight", None)
             if first is None or not matrices:
                 raise InputError(f"muon_first: {type(module).__name__} has no hidden matrix or no layer `first`.")
-            yield first, matrices[0][2], "first layer, by muon_first"
+            yield first, matrices[0][2].removeprefix("complex_"), "first layer, by muon_first"  # coordinates are real
         for _, parameter, layout in matrices:
             yield parameter, layout, f"hidden matrix, {layout}"
     elif whole and isinstance(module, nn.Sequential) and not any(isinstance(m, MuonModule) for m in module.modules()):
@@ -175,7 +179,7 @@ def default_lr(matrices: Iterable[Tensor], *, relative: float = RELATIVE_LR) -> 
     """A rate to begin with: `relative` times the median spectral norm of initial matrices [..., m, n].
 
     A step of Muon changes a matrix by the rate in spectral norm, so the rate follows the scale of the weights. 0.03
-    suits SIREN and Fourier features (best at 0.02 to 0.04); plain ReLU networks take three times as much (0.09).
+    suits SIREN and Fourier features (best at 0.02 to 0.04); plain ReLU networks take RELATIVE_LR_RELU.
 
     Raises:
         InputError: the matrices are zero.

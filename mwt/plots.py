@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -166,11 +166,27 @@ Line = tuple[str, Sequence[float | int], Sequence[float | int]]
 """Name, x and y of a curve."""
 
 
-def curves_figure(panels: Sequence[tuple[str, Sequence[Line]]], *, xlabel: str, whole_numbers: bool = False) -> Figure:
-    """One panel for each (title, lines), side by side; the first line of a panel is blue, the next orange."""
-    figure = _figure(3.4 * len(panels), 2.7)
+def curves_figure(
+    panels: Sequence[tuple[str, Sequence[Line]]],
+    *,
+    xlabel: str,
+    whole_numbers: bool = False,
+    columns: int | None = None,
+    log_y: Collection[str] = (),
+) -> Figure:
+    """One panel for each (title, lines); the first line of a panel is blue, the next orange.
+
+    Args:
+        columns: panels side by side; None: all.
+        log_y: titles of panels with a logarithmic axis.
+    """
+    columns = columns or len(panels)
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(3.4 * columns, 2.7 * rows)
     for i, (title, lines) in enumerate(panels):
-        axes = _plain(figure.add_subplot(1, len(panels), i + 1))
+        axes = _plain(figure.add_subplot(rows, columns, i + 1))
+        if title in log_y:
+            axes.set_yscale("log")
         for (name, x, y), colour in zip(lines, (BLUE, ORANGE, GREY), strict=False):
             marker = "o" if len(x) <= 12 else None
             axes.plot(x, y, color=colour, linewidth=1.4, marker=marker, markersize=3.5, label=name)

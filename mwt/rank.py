@@ -7,8 +7,11 @@ functions take a matrix [m, n] or a stack [..., m, n] and give a number for each
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Inexact
@@ -137,18 +140,22 @@ class RankTracker:
         return [dataclasses.asdict(row) for row in self.rows]
 
 
-def rank_figure(runs: Mapping[str, Sequence[RankRow]], *, quantity: str = "stable_rank") -> Figure:
+SHOWN = ("stable_rank", "effective_rank", "spectral_norm", "condition_number")
+"""What `rank_figure` shows of QUANTITIES."""
+
+
+def rank_figure(runs: Mapping[str, Sequence[RankRow]], *, quantities: Sequence[str] = SHOWN) -> Figure:
     """A panel for each layer with a curve for each run, as figure 1 of McGinnis et al. does for Adam and Muon.
 
     Args:
-        runs: name and rows of up to three runs of one architecture.
-        quantity: one of QUANTITIES.
+        runs: name and rows of up to three runs of one architecture; `read_ranks` has those of a fit.
+        quantities: of QUANTITIES, one below the other.
 
     Raises:
         InputError: no run or too many, another quantity, or runs with different layers.
     """
-    if quantity not in QUANTITIES:
-        raise InputError(f"quantity is {quantity!r}; there are {', '.join(QUANTITIES)}.")
+    if unknown := [quantity for quantity in quantities if quantity not in QUANTITIES]:
+        raise InputError(f"quantity is {unknown[0]!r}; there are {', '.join(QUANTITIES)}.")
     if not 1 <= len(runs) <= 3:
         raise InputError(f"A figure of ranks shows one to three runs, not {len(runs)}.")
     layers = {name: list(dict.fromkeys(row.layer for row in rows)) for name, rows in runs.items()}
@@ -156,11 +163,27 @@ def rank_figure(runs: Mapping[str, Sequence[RankRow]], *, quantity: str = "stabl
     if not first or any(own != first for own in layers.values()):
         raise InputError("The runs to be shown have no rows, or not the same layers: " + str(layers))
     panels: list[tuple[str, list[Line]]] = []
-    for layer in first:
+    for quantity, layer in itertools.product(quantities, first):
         lines: list[Line] = []
         for name, rows in runs.items():
             points = [(row.step, getattr(row, quantity)) for row in rows if row.layer == layer]
             points = [(step, value) for step, value in points if value is not None]
             lines.append((name, [step for step, _ in points], [value for _, value in points]))
         panels.append((f"{layer}: {quantity.replace('_', ' ')}", lines))
-    return curves_figure(panels, xlabel="step")
+    logarithmic = [title for title, _ in panels if title.endswith(": condition number")]
+    return curves_figure(panels, xlabel="step", columns=len(first), log_y=logarithmic)
+
+
+def read_ranks(run: Path) -> list[RankRow]:
+    """The rows that `train.fit` left in a run directory (ranks.json).
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    path = run / "ranks.json"
+    try:
+        return [RankRow(**row) for row in json.loads(path.read_text())]
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing; fits with hidden matrices and run.ranks=true have one.") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}).") from error

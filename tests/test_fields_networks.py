@@ -287,7 +287,9 @@ def test_muon_trains_the_hidden_matrices(copies: int | None) -> None:
     hashed = build_field(CASES["hash_grid"], coordinate_dims=2, channels=1, seed=0, copies=copies)
     [(name, matrix, _)] = hashed.muon_parameters()
     assert matrix is dict(hashed.named_parameters())[name]
-    assert build(MLPConfig(width=8, activation=ActivationConfig(name="wire")), copies=copies).muon_parameters() == []
+    wire = build(MLPConfig(width=8, hidden_layers=1, activation=ActivationConfig(name="wire")), copies=copies)
+    [(name, matrix, layout)] = wire.muon_parameters()
+    assert (name, tuple(matrix.shape), layout) == ("hidden.0.weight", (*lead, 5, 5, 2), "complex_in_out")
 
 
 def test_configuration_through_yaml(tmp_path: Any) -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from mwt.config_files import load_config, read_options
 from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
-from mwt.fields.config import InterpolatedGridConfig, MLPConfig
-from mwt.fit_config import FitConfig, FitOptimConfig
+from mwt.fields.config import ActivationConfig, EncodingConfig, InterpolatedGridConfig, MLPConfig
+from mwt.fit_config import FitConfig, FitOptimConfig, MuonConfig
 from mwt.fit_groups import GroupedFit
 from mwt.fit_report import Film
 from mwt.fitting import SignalFit, evaluation_steps, fields_for, make_fit_optimizer, rate_factor
@@ -102,6 +102,39 @@ def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
     assert all("betas" not in group and group["eps"] == 1e-7 for group in groups if group["use_muon"])
 
 
+def test_muon_s_own_settings_reach_it(folder: Path) -> None:
+    task = image_task([folder / "0.png"])
+    field = fields_for(FieldConfig(mlp=MLPConfig(width=16, hidden_layers=3)), task, seed=0)
+    settings = {
+        "momentum": 0.8,
+        "nesterov": False,
+        "ns_steps": 3,
+        "ns_dtype": "bf16",
+        "eps": 1e-5,
+        "adjust": "spectral",
+    }
+    muon = MuonConfig(first=True, exclude=("hidden.1.*",), **settings)
+    groups = make_fit_optimizer(field, FitOptimConfig(name="muon", muon=muon)).param_groups
+    [own] = [group for group in groups if group["use_muon"]]
+    assert {name: own[name] for name in settings} == settings
+    assert own["param_names"] == ["first.weight", "hidden.0.weight", "hidden.2.weight"]
+
+
+@pytest.mark.parametrize(("activation", "encoding", "share"), [("relu", "identity", 0.09), ("relu", "nerf", 0.03),
+                                                               ("sine", "identity", 0.03)])  # fmt: skip
+def test_muon_begins_with_a_share_of_the_spectral_norm(
+    folder: Path, activation: str, encoding: str, share: float
+) -> None:
+    config = MLPConfig(
+        width=24, hidden_layers=1, activation=ActivationConfig(name=activation), encoding=EncodingConfig(name=encoding)
+    )
+    field = fields_for(FieldConfig(mlp=config), image_task([folder / "0.png"]), seed=0)
+    groups = make_fit_optimizer(field, FitOptimConfig(name="muon")).param_groups
+    matrix = dict(field.named_parameters())["hidden.0.weight"].detach()
+    [rate] = [group["lr"] for group in groups if group["use_muon"]]
+    assert rate == pytest.approx(share * float(np.linalg.svd(matrix.numpy(), compute_uv=False)[0]), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -109,6 +142,12 @@ def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
         ({"betas": (0.9, 1.0)}, r"optim.betas are \(0.9, 1.0\); they must lie in \[0, 1\)"),
         ({"eps": 0.0}, "optim.eps is 0.0; it must be positive"),
         ({"name": "lbfgs", "eps": 1e-15}, "leave out optim.betas and optim.eps"),
+        ({"name": "lbfgs", "points": 64}, "optim.points=null"),
+        (
+            {"lr_muon": 0.1},
+            "optim.name is adam, but optim.lr_muon or optim.muon is set: say optim.name=muon, or leave it out",
+        ),
+        ({"muon": MuonConfig(ns_steps=3)}, "optim.name is adam, but optim.lr_muon or optim.muon is set"),
     ],
 )
 def test_settings_of_the_optimizer_that_will_not_do(options: dict[str, object], message: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mwt import fit_many as module
-from mwt.fit_many import Fits, fit_many, gradient, initial_weights, sincos
+from mwt.fit_many import Fits, fit_many, gradient, initial_weights, muon_lr, sincos
 from mwt.fit_set_config import FitConfig
 from mwt.muon import Muon
 from mwt.observe import grid
@@ -150,6 +150,19 @@ def test_muon_is_that_of_single_networks() -> None:
     for number in range(3):
         expected = alone(LAYOUT, start, coords, values, number, 20, single, "cosine")
         torch.testing.assert_close(flat(fits)[number], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_muon_s_rate_is_a_share_of_the_norm_that_matrices_begin_with() -> None:
+    layout = Layout(sizes=(2, 256, 256, 128, 3), omegas=(30.0, 30.0, 10.0), shared_output=False)
+    flat = initial_weights(layout, torch.arange(2), seed=0)
+    for i in (1, 2):
+        norms = torch.linalg.matrix_norm(Weights.unflatten(flat, layout).weights[i], 2)
+        assert muon_lr(layout, i) == pytest.approx(0.03 * float(norms.mean()), rel=0.03)
+
+
+def test_muon_alone_falls_to_zero_by_default() -> None:
+    assert (FitConfig().schedule, FitConfig(optimizer="muon").schedule) == ("constant", "cosine")
+    assert FitConfig(optimizer="muon", schedule="constant").schedule == "constant"
 
 
 def test_muon_moves_hidden_matrices_otherwise_than_adam() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_floors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         main([*out, "denoising.psnr=noise+3"])
     with pytest.raises(InputError, match=r"TASK\.METRIC"):
         main([*out, "denoising"])
+
+
+def test_a_film_is_shown_before_single_frames(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    frame = next((copied / "reconstruction").glob("*.png"))
+    for number in range(20):
+        shutil.copy(frame, copied / "reconstruction" / f"{number:05d}.png")
+    shutil.copy(copied / "progress.gif", copied / "reconstruction" / "video.gif")
+    assert main(["--runs", str(copied), "--out", str(tmp_path / "page.html")]) == 0
+    names = re.findall(r"<figcaption>([^<]+)</figcaption>", (tmp_path / "page.html").read_text())
+    assert names[:3] == ["video.gif", "00000.png", "00001.png"]
 
 
 def test_runs_that_are_none(run: Path, tmp_path: Path) -> None:

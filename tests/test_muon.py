@@ -117,6 +117,16 @@ def test_transposed_storage_is_the_same_network(adjust: str) -> None:
     torch.testing.assert_close(stored, turned.mT, rtol=0, atol=1e-7)
 
 
+def test_complex_numbers_as_pairs_are_those_numbers() -> None:
+    """Complex WIRE keeps its weights [in, out, 2]; beside complex parameters [out, in] of the same values."""
+    pairs = parameter(3, 20, 50, 2)
+    turned = nn.Parameter(torch.view_as_complex(pairs.detach()).mT.clone())
+    gradients = [[torch.randn(3, 20, 50, 2)] for _ in range(3)]
+    take_steps(muon(pairs, layout="complex_in_out", weight_decay=0.1), gradients)
+    take_steps(muon(turned, layout="out_in", weight_decay=0.1), [[torch.view_as_complex(g).mT] for [g] in gradients])
+    torch.testing.assert_close(torch.view_as_complex(pairs), turned.mT, rtol=0, atol=1e-7)
+
+
 def test_kernels_and_packed_queries_keys_values() -> None:
     kernel, flat = parameter(16, 3, 5, 5), parameter(16, 75)
     packed = parameter(3 * 24, 24)
@@ -291,6 +301,7 @@ def test_a_scaled_loss_gives_the_same_step_and_an_infinite_one_none() -> None:
      ((8, 8, 3, 3), {}, r"layer\.w .* has 4 axes.*'conv' for a kernel"),
      ((8, 8), {"layout": "conv"}, r"layer\.w \(8, 8\) is no kernel"),
      ((8, 8), {"layout": "qkv"}, r"8 rows of layer\.w"),
+     ((8, 8, 3), {"layout": "complex_in_out"}, r"layer\.w \(8, 8, 3\) does not end in pairs"),
      ((8, 8), {"layout": "rows"}, r"layout is 'rows' for layer\.w; there are out_in, in_out"),
      ((8, 8), {"betas": (0.9, 0.99)}, r"betas is no key of a Muon group"),
      ((8, 8), {"use_muon": False, "momentum": 0.9, "layout": "out_in"}, r"layout, momentum is no key of an Adam"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from mwt import rank
 from mwt.errors import InputError
 from mwt.muon_groups import split_parameters
 from mwt.plots import figure_png
+from mwt.runtime import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +134,7 @@ def rows_of(scale: float) -> list[rank.RankRow]:
 
 def test_the_figure_holds_the_rows() -> None:
     runs = {"Adam": rows_of(0.5), "Muon": rows_of(2.0)}
-    figure = rank.rank_figure(runs, quantity="spectral_norm")
+    figure = rank.rank_figure(runs, quantities=["spectral_norm"])
     assert [axes.get_title() for axes in figure.axes] == ["1.weight: spectral norm", "2.weight: spectral norm"]
     for axes, layer in zip(figure.axes, ("1.weight", "2.weight"), strict=True):
         assert [line.get_label() for line in axes.lines] == ["Adam", "Muon"]
@@ -142,10 +145,23 @@ def test_the_figure_holds_the_rows() -> None:
     assert figure_png(figure).startswith(b"\x89PNG")
 
 
+def test_all_quantities_of_a_finished_fit_are_shown(tmp_path: Path) -> None:
+    rows = rows_of(0.5)
+    write_json(tmp_path / "ranks.json", [asdict(row) for row in rows])
+    figure = rank.rank_figure({"a": rank.read_ranks(tmp_path)})
+    names = ("stable rank", "effective rank", "spectral norm", "condition number")
+    assert [axes.get_title() for axes in figure.axes] == [f"{n}.weight: {name}" for name in names for n in (1, 2)]
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear"] * 6 + ["log"] * 2
+    own = [row.condition_number for row in rows if row.layer == "2.weight"]
+    assert list(figure.axes[-1].lines[0].get_ydata()) == own
+    with pytest.raises(InputError, match=r"ranks\.json is missing"):
+        rank.read_ranks(tmp_path / "none")
+
+
 def test_figures_that_cannot_be_drawn() -> None:
     rows = rows_of(1.0)
     with pytest.raises(InputError, match="quantity is 'rank'; there are stable_rank"):
-        rank.rank_figure({"a": rows}, quantity="rank")
+        rank.rank_figure({"a": rows}, quantities=["stable_rank", "rank"])
     with pytest.raises(InputError, match="one to three runs, not 4"):
         rank.rank_figure(dict.fromkeys("abcd", rows))
     with pytest.raises(InputError, match="not the same layers"):

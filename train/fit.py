@@ -22,6 +22,7 @@ import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 
 import torch
 from tqdm import tqdm
@@ -35,6 +36,7 @@ from mwt.fit_config import FIT_DEBUG, FitConfig
 from mwt.fit_groups import GroupedFit
 from mwt.fit_report import Film, curve_figure, result, result_table, shape_folder
 from mwt.fitting import SignalFit, fields_for
+from mwt.muon_groups import split_parameters
 from mwt.peak_memory import PeakMemory
 from mwt.plots import figure_png
 from mwt.rank import RankTracker, rank_figure
@@ -131,6 +133,9 @@ def describe(config: FitConfig, going: GroupedFit) -> None:
     print(f"field     {config.field.name}: {cost}{f'; {fields.detail}' if fields.detail else ''}")
     rates = ", ".join(f"{rate:.3g}" for rate in first.rates)
     print(f"fit       {config.optim.steps:,} steps of {config.optim.name} (rates {rates}), {points} points a step")
+    if config.optim.name == "muon":
+        own = config.optim.muon
+        print(indent(split_parameters(fields, muon_first=own.first, exclude=own.exclude).report(), " " * 10))
     for name, metrics in going.baselines.items():
         print(f"baseline  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     print(f"run       {config.run.dir}" + (f", going on at step {going.step}" if going.step else ""), flush=True)

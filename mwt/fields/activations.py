@@ -332,8 +332,8 @@ def activation_values(config: ActivationConfig, *, first: bool = False) -> dict[
         has = name.removeprefix("first_") in kind.defaults
         require(
             has,
-            f"activation.{name} is set, but {config.name} does not have it; it has {known}. Where a config file sets it "
-            f"for another activation: field.mlp.activation.{name}=null.",
+            f"activation.{name} is set, but {config.name} does not have it; it has {known}. Where a config file "
+            f"sets it for another activation: field.mlp.activation.{name}=null.",
         )
     for name, value in [*given.items(), ("first_omega", config.first_omega)]:
         require(value is None or value > 0, f"activation.{name} is {value}; it must be positive.")

@@ -65,10 +65,10 @@ class EncodingConfig:
     """nerf: L; null: 4 in one and two dimensions, 10 in three. fourier: m, null: 128. fourier_kan: K, null: 270."""
     samples: int | None = None
     """nerf: choose L from the number of samples along the shortest axis (Nyquist) instead."""
-    sigma: float = 10.0
-    """fourier: standard deviation of the random frequencies, in periods per unit of coordinate."""
-    outputs: int = 128
-    """fourier_kan: number of features."""
+    sigma: float | None = None
+    """fourier: standard deviation of the random frequencies, in periods per unit of coordinate; null: 10."""
+    outputs: int | None = None
+    """fourier_kan: number of features; null: 128."""
 
     def __post_init__(self) -> None:
         require(
@@ -76,8 +76,10 @@ class EncodingConfig:
         )
         require(self.frequencies is None or self.frequencies >= 1, "encoding.frequencies must be at least 1, or null.")
         require(self.samples is None or self.samples >= 8, "encoding.samples must be at least 8, or null.")
-        require(self.sigma > 0, f"encoding.sigma is {self.sigma}; it must be positive.")
-        require(self.outputs >= 2, f"encoding.outputs is {self.outputs}; it must be at least 2.")
+        require(self.sigma is None or self.sigma > 0, f"encoding.sigma is {self.sigma}; it must be positive.")
+        require(
+            self.outputs is None or self.outputs >= 2, f"encoding.outputs is {self.outputs}; it must be at least 2."
+        )
 
 
 WeightRule = Literal[

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mwt.errors import InputError
+from mwt.config_checks import require
 from mwt.fields.config import EncodingConfig, choose
 from mwt.fields.layers import Initializer, Spread
 
@@ -79,7 +79,7 @@ class Fourier(Encoding):
         count = config.frequencies or 128
         self.outputs = 2 * count
         self.macs = count * coordinate_dims
-        self.register_buffer("matrix", draws.normal(count, coordinate_dims, std=config.sigma))
+        self.register_buffer("matrix", draws.normal(count, coordinate_dims, std=config.sigma or 10.0))
         self.matrix: Tensor
 
     def forward(self, coords: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ class FourierKan(Encoding):
     def __init__(self, config: EncodingConfig, coordinate_dims: int, draws: Initializer) -> None:
         super().__init__(config, coordinate_dims, draws)
         count = config.frequencies or 270
-        self.outputs = config.outputs
-        self.macs = 2 * coordinate_dims * count * config.outputs
+        self.outputs = config.outputs or 128
+        self.macs = 2 * coordinate_dims * count * self.outputs
         spread = Spread("normal", (coordinate_dims * count) ** -0.5)
         self.cosine = nn.Parameter(draws.draw(spread, coordinate_dims * count, self.outputs))
         self.sine = nn.Parameter(draws.draw(spread, coordinate_dims * count, self.outputs))
@@ -121,6 +121,15 @@ ENCODINGS: dict[str, type[Encoding]] = {
 }
 
 
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "frequencies": ("nerf", "fourier", "fourier_kan"),
+    "samples": ("nerf",),
+    "sigma": ("fourier",),
+    "outputs": ("fourier_kan",),
+}
+"""Which encodings have a setting."""
+
+
 def list_encodings() -> list[str]:
     """Names that `encoding.name` accepts."""
     return list(ENCODINGS)
@@ -133,8 +142,10 @@ def make_encoding(config: EncodingConfig, coordinate_dims: int, draws: Initializ
         InputError: an unknown name, or a setting that this encoding does not have.
     """
     kind = choose(ENCODINGS, config.name, "encoding.name")
-    if config.frequencies is not None and kind is Identity:
-        raise InputError("encoding.frequencies is set, but encoding.name is identity, which has none.")
-    if config.samples is not None and kind is not Nerf:
-        raise InputError(f"encoding.samples is set, but encoding.name is {config.name}; it is for nerf.")
+    for setting, kinds in SETTINGS.items():
+        require(
+            getattr(config, setting) is None or config.name in kinds,
+            f"encoding.{setting} is set, but encoding.name is {config.name}; it is for {' and '.join(kinds)}. Where a "
+            f"config file sets it for another encoding: field.mlp.encoding.{setting}=null.",
+        )
     return kind(config, coordinate_dims, draws)

@@ -10,9 +10,10 @@ from mwt.cost import counted_macs
 from mwt.errors import InputError, NotDefinedError
 from mwt.fields.config import FieldConfig
 from mwt.fields.layers import BatchNorm, Linear
+from mwt.muon_groups import RELATIVE_LR
 
 MuonParameter = tuple[str, nn.Parameter, str]
-"""Name, matrix [*N, in, out] and its layout, "in_out" or "out_in"."""
+"""Name, matrix [*N, in, out] and its layout (`mwt.muon.LAYOUTS`)."""
 
 
 class Field(nn.Module):
@@ -27,6 +28,8 @@ class Field(nn.Module):
     """What `build_field` made it from."""
     tile: tuple[int, ...] | None = None
     """Sides of the tiles of a grid whose samples share work, where some do: a batch is best made of whole tiles."""
+    relative_lr: float = RELATIVE_LR
+    """Muon's rate to begin with, as a share of the matrices' spectral norm."""
 
     def __init__(self, *, coordinate_dims: int, channels: int, copies: int | None, derivatives: int) -> None:
         super().__init__()
@@ -100,11 +103,12 @@ class Field(nn.Module):
 
 
 def hidden_matrices(layers: nn.ModuleList, prefix: str) -> list[MuonParameter]:
-    """The weights of real linear layers, named as in `named_parameters`."""
+    """The weights of linear layers, named as in `named_parameters`."""
     found: list[MuonParameter] = []
     for i, layer in enumerate(layers):
-        if isinstance(layer, Linear) and not layer.complex_values:
-            found.append((f"{prefix}.{i}.weight", layer.weight, "in_out"))
+        if isinstance(layer, Linear):
+            layout = "complex_in_out" if layer.complex_values else "in_out"
+            found.append((f"{prefix}.{i}.weight", layer.weight, layout))
     return found
 
 

@@ -13,6 +13,7 @@ from mwt.fields.config import MLPConfig
 from mwt.fields.encoding import make_encoding
 from mwt.fields.field import Field, MuonParameter, hidden_matrices
 from mwt.fields.layers import BatchNorm, Initializer, Linear, Spread, weight_spread
+from mwt.muon_groups import RELATIVE_LR_RELU
 
 
 class CoordinateMLP(Field):
@@ -68,6 +69,8 @@ class CoordinateMLP(Field):
         activations = [make_activation(config.activation, draws, first=i == 0) for i in range(count)]
         self.activations = nn.ModuleList(activations)
         self.norms = nn.ModuleList(BatchNorm(draws, width) for _ in range(count if config.batch_norm else 0))
+        if config.activation.name == "relu" and config.encoding.name == "identity":
+            self.relative_lr = RELATIVE_LR_RELU
         if not config.batch_norm:  # with it, a value depends on the other points too
             self.derivatives = min(activation.derivatives for activation in activations)
 
@@ -97,5 +100,5 @@ class CoordinateMLP(Field):
         return float(self.encoding.macs + sum(layer.macs for layer in self.modules() if isinstance(layer, Linear)))
 
     def muon_parameters(self) -> list[MuonParameter]:
-        """The hidden-to-hidden matrices [*N, in, out]; none where they are complex."""
+        """The hidden-to-hidden matrices [*N, in, out], or [*N, in, out, 2] of complex numbers."""
         return hidden_matrices(self.hidden, "hidden")
