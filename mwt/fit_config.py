@@ -104,6 +104,8 @@ class FitRunConfig:
     evaluations: int = 24
     """How often the whole signal is evaluated, more often at first: the points of curves, the frames of the film."""
     checkpoint_minutes: float = 5.0
+    baselines: bool = True
+    """Compute what simple methods make of the task, such as bicubic interpolation; before the fit begins."""
     film: bool = True
     """Write progress.gif."""
     curves: bool = True

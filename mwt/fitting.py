@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -103,6 +103,8 @@ class SignalFit:
     seed: int
     evaluations: int
     ranks: RankTracker | None = None
+    compare: bool = True
+    """With simple methods, the task's baselines."""
     step: int = 0
     curve: list[Row] = field(default_factory=list)
     """One entry an evaluation."""
@@ -116,7 +118,6 @@ class SignalFit:
         self.optimizer = make_fit_optimizer(self.fields, self.config)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         device = next(self.fields.parameters()).device
-        self.baselines = self.task.baselines()
         size, tiles = self.task.frame.size, None
         if size is not None and self.fields.tile is not None and math.prod(size) == self.task.points:
             tiles = (size, self.fields.tile)
@@ -129,6 +130,11 @@ class SignalFit:
     def finished(self) -> bool:
         """Whether all steps have been made."""
         return self.step >= self.config.steps
+
+    @cached_property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Metrics of simple methods, by name; large signals take their time. Empty without `compare`."""
+        return self.task.baselines() if self.compare else {}
 
     def run(
         self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]

@@ -102,6 +102,14 @@ def test_the_moments_beside_muon_are_as_configured(folder: Path) -> None:
     assert all("betas" not in group and group["eps"] == 1e-7 for group in groups if group["use_muon"])
 
 
+@pytest.mark.parametrize("compare", [True, False])
+def test_baselines_can_be_left_out(folder: Path, compare: bool) -> None:
+    arguments = ["--debug", "task=denoising", f"signal.path={folder}/0.png", f"run.dir={folder}/run"]
+    assert main([*arguments, f"run.baselines={str(compare).lower()}"]) == 0
+    found = json.loads((folder / "run" / "result.json").read_text())["baselines"]
+    assert sorted(found) == (["noisy", "total variation"] if compare else [])
+
+
 def test_muon_s_own_settings_reach_it(folder: Path) -> None:
     task = image_task([folder / "0.png"])
     field = fields_for(FieldConfig(mlp=MLPConfig(width=16, hidden_layers=3)), task, seed=0)

@@ -46,7 +46,7 @@ from mwt.signals import TASKS, Evaluation, Task, make_tasks, signal_paths
 from mwt.tracking import MetricsLog
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "fit"
-MAY_CHANGE = {"run": {"dir", "device", "threads", "checkpoint_minutes"}}
+MAY_CHANGE = {"run": {"dir", "device", "threads", "checkpoint_minutes", "baselines"}}
 """What a resumed fit may set otherwise."""
 SHAPES = 6
 """Shapes of signals that are named before a fit."""
@@ -109,7 +109,9 @@ def make_fits(config: FitConfig, device: torch.device) -> GroupedFit:
     for shape, task in read_tasks(config, device).items():
         fields = fields_for(config.field, task, seed=config.run.seed).to(device)
         ranks = RankTracker(fields) if config.run.ranks and fields.muon_parameters() else None
-        fits[shape] = SignalFit(task, fields, config.optim, config.run.seed, config.run.evaluations, ranks)
+        fits[shape] = SignalFit(
+            task, fields, config.optim, config.run.seed, config.run.evaluations, ranks, config.run.baselines
+        )
     return GroupedFit(fits)
 
 
@@ -136,9 +138,9 @@ def describe(config: FitConfig, going: GroupedFit) -> None:
     if config.optim.name == "muon":
         own = config.optim.muon
         print(indent(split_parameters(fields, muon_first=own.first, exclude=own.exclude).report(), " " * 10))
-    for name, metrics in going.baselines.items():
-        print(f"baseline  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     print(f"run       {config.run.dir}" + (f", going on at step {going.step}" if going.step else ""), flush=True)
+    for name, metrics in going.baselines.items():
+        print(f"baseline  {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
 
 
 def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
