@@ -158,14 +158,16 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
         )
     for plot in grid.plots:
         titles = [column.title for column in (grid.columns[plot.x], grid.columns[plot.y])]
-        curves = [(name, curve) for name, curve in points(rows, plot) if curve]
-        if curves:
+        panels = [(pattern, [pair for pair in points(rows, plot, pattern) if pair[1]]) for pattern in plot.panels]
+        panels = [(pattern, curves) for pattern, curves in panels if curves]
+        if panels:
             from mwt.plots import family_figure, figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
             if plot.group in grid.groups():
+                [(_, curves)] = panels
                 figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1], line=plot.line, log_x=plot.log_x)
             else:
-                figure = family_figure(curves, xlabel=titles[0], ylabel=titles[1], log_x=plot.log_x)
+                figure = family_figure(panels, xlabel=titles[0], ylabel=titles[1], log_x=plot.log_x)
             (out / f"{plot.name}.png").write_bytes(figure_png(figure))
             remarks.append(f"![{plot.group}: {titles[1]} against {titles[0]}]({plot.name}.png)")
     if outcomes := summary(rows):

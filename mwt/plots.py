@@ -220,17 +220,22 @@ def tradeoff_figure(
     return figure
 
 
-def family_figure(curves: Sequence[tuple[str, Tradeoff]], *, xlabel: str, ylabel: str, log_x: bool = False) -> Figure:
-    """Several curves (name, points) of the same two quantities in one panel, from dark to light in their order."""
-    figure = _figure(6.2, 3.6)
-    axes = _plain(figure.add_subplot())
-    shades = colormaps["viridis"]
-    for i, (name, points) in enumerate(curves):
-        x, y = [point[1] for point in points], [point[2] for point in points]
-        colour = shades(0.9 * i / max(len(curves) - 1, 1))
-        axes.plot(x, y, "o-", color=colour, linewidth=1.4, markersize=4, label=_name(name))
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+def family_figure(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Tradeoff]]]], *, xlabel: str, ylabel: str, log_x: bool = False
+) -> Figure:
+    """Panels (title, curves) with one vertical axis, each with several curves (name, points) from dark to light."""
+    figure = _figure(6.2 * len(panels), 3.6)
+    first, shades = None, colormaps["viridis"]
+    for number, (title, curves) in enumerate(panels):
+        axes = _plain(figure.add_subplot(1, len(panels), number + 1, sharey=first))
+        first = first or axes
+        for i, (name, points) in enumerate(curves):
+            x, y = [point[1] for point in points], [point[2] for point in points]
+            colour = shades(0.9 * i / max(len(curves) - 1, 1))
+            axes.plot(x, y, "o-", color=colour, linewidth=1.4, markersize=4, label=_name(name))
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if log_x else "linear")
+        axes.set_title(title if len(panels) > 1 else "", fontsize=10)
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -92,6 +92,7 @@ PLOTS = """
 plots:
   - {name: tradeoff, group: Rate, x: percent, y: score}
   - {name: family, group: "*t*", y: score, x: percent, log_x: true}
+  - {name: panels, group: "R* | D*", y: score, x: percent}
 """
 
 
@@ -179,6 +180,9 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
         assert image.size[0] > image.size[1] > 300  # two panels
     with Image.open(toys.parent / "out" / "family.png") as image:
         assert image.size[0] > image.size[1] > 300  # a curve for each group
+        width = image.size[0]
+    with Image.open(toys.parent / "out" / "panels.png") as image:
+        assert image.size[0] > 1.5 * width  # a panel for each pattern
     assert "[8/8]" in said.out
     assert "3.50 ± 0.71" in said.out
 

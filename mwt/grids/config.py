@@ -123,12 +123,17 @@ class PlotConfig:
 
     name: str
     group: str
-    """Its name, or a pattern of the names of several."""
+    """Its name, or a pattern of the names of several; several patterns, with ` | ` between them, have a panel each."""
     x: str
     y: str
     line: bool = True
     """One group: join the rows in their order."""
     log_x: bool = False
+
+    @property
+    def panels(self) -> list[str]:
+        """The patterns, one for each panel."""
+        return self.group.split(" | ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +181,8 @@ class GridConfig:
             if block.sweep and block.product:
                 raise InputError(f"rows, {block.group!r}: give a sweep or a product, not both.")
         for plot in self.plots:
-            for what, names in ((plot.x, self.columns), (plot.y, self.columns), (plot.group, self.groups())):
+            shown = [(pattern, self.groups()) for pattern in plot.panels]
+            for what, names in ((plot.x, self.columns), (plot.y, self.columns), *shown):
                 if what not in names and not (names != self.columns and fnmatch.filter(names, what)):
                     raise InputError(f"plots, {plot.name!r}: there is no {what!r}; there are {', '.join(names)}.")
 

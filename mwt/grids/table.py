@@ -144,19 +144,19 @@ def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
     return Row(cell=cell, values=values, problems=tuple(problems), outcomes=outcomes, open=tuple(pending))
 
 
-def points(rows: list[Row], plot: PlotConfig) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """The paper's curve and ours for a plot, or ours of each group: label, x and y of each row that has both."""
+def points(rows: list[Row], plot: PlotConfig, pattern: str) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """The paper's curve and ours for a plot, or ours of each group that fits: label, x and y of each row."""
     paper: list[tuple[str, float, float]] = []
     ours: dict[str, list[tuple[str, float, float]]] = {}
-    for row in (row for row in rows if fnmatch.fnmatchcase(row.cell.group, plot.group)):
+    for row in (row for row in rows if fnmatch.fnmatchcase(row.cell.group, pattern)):
         theirs = [row.cell.paper.get(name) for name in (plot.x, plot.y)]
         if theirs[0] and theirs[1]:
             paper.append((row.cell.label, theirs[0][0], theirs[1][0]))
         x, y = row.mean(plot.x), row.mean(plot.y)
         if x is not None and y is not None:
             ours.setdefault(row.cell.group, []).append((row.cell.label, x, y))
-    if plot.group in ours or not ours:
-        return [("paper", paper), ("ours", ours.get(plot.group, []))]
+    if pattern in ours or not ours:
+        return [("paper", paper), ("ours", ours.get(pattern, []))]
     return list(ours.items())
 
 
