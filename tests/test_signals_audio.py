@@ -16,7 +16,7 @@ from mwt.fields import Field, FieldConfig, evaluate, load_field
 from mwt.fields.config import ActivationConfig, MLPConfig
 from mwt.fit_config import FitOptimConfig
 from mwt.fitting import SignalFit, fields_for
-from mwt.signals import audio
+from mwt.signals import audio, signal_paths
 from mwt.signals.audio import AudioTask, log_spectral_distance, read_sound, sound_metrics, spectrogram
 from train.fit import main
 
@@ -89,6 +89,29 @@ def test_metrics_against_their_formulas() -> None:
     np.testing.assert_allclose(found["lsd"].numpy(), [lsd(*pair) for pair in zip(shown, truth, strict=True)], rtol=1e-4)
 
 
+def test_a_silent_channel_does_not_count(tmp_path: Path) -> None:
+    """The metrics are those of the channel that sounds, as if it were alone."""
+    both = sound(seconds=0.6, channels=2)
+    both[:, 1] = 0
+    soundfile.write(tmp_path / "half.wav", both, RATE, subtype="FLOAT")
+    task = AudioTask([tmp_path / "half.wav"], AudioTask.Options(channel="all"), CPU)
+    shown = task.truth + 0.01 * torch.randn(task.truth.shape, generator=torch.Generator().manual_seed(0))
+    found, alone = sound_metrics(shown, task.truth), sound_metrics(shown[..., :1], task.truth[..., :1])
+    assert set(found) == {"snr", "si_snr", "lsd"}
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value)
+    assert 20 < float(found["snr"]) < 60
+
+
+@pytest.mark.parametrize("ending", ["au", "aiff", "caf", "w64"])
+def test_folders_hold_what_the_library_reads(tmp_path: Path, ending: str) -> None:
+    soundfile.write(tmp_path / f"blues.00000.{ending}", sound(), RATE)
+    (tmp_path / "notes.txt").write_text("not a sound")
+    (tmp_path / "camera.raw").write_bytes(b"1234")  # libsndfile's headerless format, which says nothing of itself
+    [path] = signal_paths(str(tmp_path), AudioTask)
+    np.testing.assert_allclose(read(path), sound(), atol=2**-15)
+
+
 def lsd(shown: np.ndarray, truth: np.ndarray) -> float:
     """Frame by frame, by NumPy's FFT."""
     spectra = []
@@ -128,6 +151,9 @@ def test_an_exact_field_is_written_as_the_file_was(folder: Path) -> None:
     assert float(task.evaluate(exact).metrics["snr"]) > 80
     assert float(task.loss(exact, torch.tensor([0, 7, 3999]), torch.Generator())) < 1e-12
     task.write(exact, folder)
+    with Image.open(folder / "stereo.png") as pair, Image.open(folder / "stereo.error.png") as error:
+        assert np.asarray(pair)[:257].max() > 200
+        assert np.asarray(error).max() < 60  # no louder than the black of -80 dB
     back, rate = soundfile.read(folder / "stereo.wav", always_2d=True)
     assert rate == RATE
     np.testing.assert_allclose(back, sound(channels=2), atol=2**-15)
@@ -177,6 +203,8 @@ def test_the_program_leaves_sounds_and_pictures(folder: Path) -> None:
         )
     with Image.open(out / "reconstruction/0.png") as picture:
         assert picture.size[1] == 2 * 257 + 3
+    with Image.open(out / "reconstruction/0.error.png") as picture:
+        assert picture.size[1] == 257
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from data_pipes.prepare import synthetic_scene
 from data_pipes.prepare.__main__ import main as prepare
 from mwt.errors import InputError
 from mwt.fields import Field
+from mwt.signals import radiance
 from mwt.signals.radiance import RadianceTask, orbit
 from mwt.signals.rendering import (
     camera_rays,
@@ -192,6 +194,56 @@ def test_views_are_kept_for_judging(scene: Path) -> None:
     assert task.kept.names == ("./train/r_0", "./train/r_4", "./train/r_8")
     assert len(task.fitted.names) == 7
     assert not set(task.kept.names) & set(task.fitted.names)
+
+
+def resized(scene: Path, split: str, size: int, angle: float) -> None:
+    """Give a split's pictures another size and its cameras another angle."""
+    path = scene / f"transforms_{split}.json"
+    content = json.loads(path.read_text())
+    for frame in content["frames"]:
+        picture = scene / f"{frame['file_path']}.png"
+        Image.open(picture).resize((size, size - 4)).save(picture)
+    path.write_text(json.dumps({**content, "camera_angle_x": angle}))
+
+
+def test_views_that_judge_have_a_size_and_an_angle_of_their_own(scene: Path) -> None:
+    """Fog as these cameras see it: the law along their rays, at their size."""
+    resized(scene, "test", 24, 1.1)
+    task = RadianceTask([scene], RadianceTask.Options(bound=1.0, samples=8, importance=8), CPU)
+    camera = task.kept.cameras[0]
+    origins, directions = camera_rays(camera, 20, 24, 1.1)
+    enter, leave = through_cube(origins, directions, 1.0, 0.1, 100.0)
+    expected = (1 - 0.5 * (1 - (-0.7 * (leave - enter)).exp())).view(20, 24, 1).expand(-1, -1, 3)
+    torch.testing.assert_close(task.draw(Fog(0.7), camera, task.kept), expected, atol=1e-5, rtol=1e-5)
+    assert set(task.evaluate(Fog(0.7)).metrics) == {"psnr", "ssim"}
+    task.write(Fog(0.7), scene)
+    with Image.open(scene / "000.png") as row, Image.open(scene / "orbit.gif") as film:
+        assert row.size == (72, 20)
+        assert film.size == (16, 16)
+
+
+def test_only_views_that_are_used_are_read_one_at_a_time(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than one picture is held at its full size."""
+    original, read, held = radiance._over, list[Path](), list[weakref.ref[torch.Tensor]]()
+
+    def watched(path: Path, background: float, where: str) -> torch.Tensor:
+        assert sum(reference() is not None for reference in held) <= 1
+        picture = original(path, background, where)
+        read.append(path)
+        held.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(radiance, "_over", watched)
+    task = RadianceTask([scene], RadianceTask.Options(smaller=2, test_views=1), CPU)
+    assert sum(path.parent.name == "test" for path in read) == 1
+    assert len(read) == 11
+    rgba = np.asarray(Image.open(scene / "train/r_3.png")).astype(float) / 255
+    whole = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+    np.testing.assert_allclose(task.fitted.pictures[3].numpy(), whole.reshape(8, 2, 8, 2, 3).mean((1, 3)), atol=1e-6)
+    (scene / "transforms_test.json").unlink()
+    read.clear()
+    RadianceTask([scene], RadianceTask.Options(holdout=4, test_views=1), CPU)
+    assert len(read) == 8  # seven that are fitted, and one of three that are kept
 
 
 def test_a_circle_of_cameras() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from matplotlib import colormaps
 from PIL import Image
 
 from data_pipes.prepare.__main__ import main as prepare
@@ -20,7 +21,7 @@ from mwt.fields.config import MLPConfig
 from mwt.fit_config import FitOptimConfig
 from mwt.fitting import SignalFit, fields_for
 from mwt.signals import meshes
-from mwt.signals.meshes import Mesh, Nearest, contains, marching_cubes, normalised, read_mesh, render, sample_surface
+from mwt.signals.meshes import Mesh, Nearest, Placement, contains, marching_cubes, read_mesh, render, sample_surface
 from mwt.signals.shape import ShapeTask, chamfer_distance
 from train.fit import main
 
@@ -66,8 +67,11 @@ def test_a_mesh_inside_out_is_turned(tmp_path: Path) -> None:
     assert ((found.normals * centres).sum(1) > 0).all()
 
 
-def test_normalised_fills_the_cube() -> None:
-    found = normalised(own(trimesh.creation.box((1, 2, 0.5)).apply_translation((5, 6, 7))), 0.9)
+def test_a_placed_mesh_fills_the_cube() -> None:
+    mesh = own(trimesh.creation.box((1, 2, 0.5)).apply_translation((5, 6, 7)))
+    place = Placement.within(mesh, 0.9)
+    found = place.to_cube(mesh)
+    np.testing.assert_allclose(place.to_file(found).vertices, mesh.vertices)
     np.testing.assert_allclose(found.vertices.max(0), [0.45, 0.9, 0.225])
     np.testing.assert_allclose(found.vertices.min(0), [-0.45, -0.9, -0.225])
 
@@ -147,6 +151,22 @@ def test_a_picture_of_a_ball() -> None:
     assert (picture[outer] == 1).all()
     normals = np.stack([x, y, np.sqrt((1 - x**2 - y**2).clip(0))], -1)
     np.testing.assert_allclose(picture[inner], (0.2 + 0.7 * (normals @ meshes.LIGHT).clip(0))[inner], atol=0.06)
+
+
+def test_distances_are_colours() -> None:
+    """A ball within a ball: inferno at the share of the way between them, whichever is coloured; white beside."""
+    outer, inner = own(ball(4)), own(trimesh.creation.icosphere(4, 0.6))
+    for mesh, other, radius in ((outer, inner, 1.0), (inner, outer, 0.6)):
+        picture = meshes.render_distances(mesh, other, 40, 0.8).numpy()
+        expected = colormaps["inferno"](0.5)[:3]
+        line = (2 * np.arange(40) + 1) / 40 - 1
+        away = np.hypot(*np.meshgrid(line, line))
+        assert (picture[away > radius] == 1).all()
+        np.testing.assert_allclose(picture[away < radius - 0.05], np.tile(expected, ((away < radius - 0.05).sum(), 1)),
+                                   atol=0.03)  # fmt: skip
+    lost = meshes.render_distances(outer, None, 40, 0.8).numpy()[20, 20]
+    np.testing.assert_allclose(lost, colormaps["inferno"](1.0)[:3], atol=1e-6)
+    assert (meshes.render_distances(None, outer, 8, 0.8) == 1).all()
 
 
 class Ball(Field):
@@ -259,7 +279,7 @@ def test_asmr_learns_a_lattice(folder: Path, points: object) -> None:
     found = json.loads((folder / "run/result.json").read_text())
     assert (found["final"]["iou"], found["signal"]["size"]) == (1.0, [12, 12, 12])
     written = trimesh.load(folder / "run/reconstruction/box.ply")
-    np.testing.assert_allclose(np.abs(written.vertices).max(0), HALF, atol=2 / 11)
+    np.testing.assert_allclose(np.abs(written.vertices).max(0), HALF / 0.9, atol=2 / 11)  # in the file's units
 
 
 def test_several_boxes_on_one_lattice(folder: Path) -> None:
@@ -290,7 +310,7 @@ def test_the_program_finds_a_ball(folder: Path, mode: str) -> None:
     assert found["final"]["chamfer"] < 0.05
     assert found["signal"]["meshes"] == [{"triangles": 1280, "watertight": True}]
     written = trimesh.load(out / "reconstruction/ball.ply")
-    np.testing.assert_allclose(np.linalg.norm(written.vertices, axis=1), 0.9, atol=0.1)
+    np.testing.assert_allclose(np.linalg.norm(written.vertices, axis=1), 1, atol=0.11)  # in the file's units
     with Image.open(out / "reconstruction/ball.png") as picture:
         assert picture.size == (640, 320)
 
@@ -308,6 +328,8 @@ def test_an_open_mesh_has_an_occupancy(folder: Path) -> None:
         (["signal.path={folder}/open.off", "signal.mode=distance"], "open.off is not watertight"),
         (["signal.path={folder}/text.obj"], "text.obj (is not a mesh that can be read|holds no triangles)"),
         (["signal.path={folder}/points.ply"], "points.ply (is not a mesh that can be read|holds no triangles)"),
+        (["signal.path={folder}/line.obj"], "line.obj has no triangle with an area"),
+        (["signal.path={folder}/sheet.obj"], "None of 16\\^3 points lies inside .*sheet.obj.* no inside: close it"),
         (["signal.path={folder}/ball.ply", "signal.mode=volume"], "signal.mode is 'volume'"),
         (["signal.path={folder}/ball.ply", "signal.loss=l1"], "signal.loss is 'l1'"),
         (["signal.path={folder}/ball.ply", "signal.reach=2"], "signal.reach is 2.0"),
@@ -320,6 +342,8 @@ def test_an_open_mesh_has_an_occupancy(folder: Path) -> None:
 )  # fmt: skip
 def test_bad_shapes_get_a_sentence(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "text.obj").write_text("no mesh")
+    (folder / "line.obj").write_text("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n")
+    (folder / "sheet.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3\nf 1 3 4\n")
     trimesh.PointCloud(np.eye(3)).export(folder / "points.ply")
     given = [item.format(folder=folder) for item in arguments]
     with pytest.raises(InputError, match=message):

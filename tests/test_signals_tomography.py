@@ -142,6 +142,32 @@ def test_dicom_is_scaled_and_windowed() -> None:
     np.testing.assert_allclose(window, np.clip((units + 160) / 400, 0, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("tags", [("RescaleSlope", "RescaleIntercept"), ("WindowCenter", "WindowWidth")])
+def test_an_empty_tag_is_one_that_is_absent(tmp_path: Path, tags: tuple[str, str]) -> None:
+    content = dcmread(get_testdata_file("CT_small.dcm"))
+    expected = content.pixel_array.astype(float)
+    for tag in ("RescaleSlope", "RescaleIntercept", *tags):
+        setattr(content, tag, None)
+    content.save_as(tmp_path / "a.dcm")
+    found = read_dicom(tmp_path / "a.dcm")[..., 0].numpy()
+    np.testing.assert_allclose(found, (expected - expected.min()) / np.ptp(expected), atol=1e-6)
+
+
+def test_dicom_is_known_by_its_marker(tmp_path: Path) -> None:
+    """Files of archives have no ending, or the last number of an identifier; the list beside them is no slice."""
+    content = Path(get_testdata_file("CT_small.dcm"))
+    for name in ("IM0001", "1.2.840.10008", "DICOMDIR"):
+        (tmp_path / name).write_bytes(content.read_bytes())
+    (tmp_path / "README").write_text("a disc of pictures" * 20)
+    (tmp_path / "short").write_bytes(b"DICM")
+    paths = signal_paths(str(tmp_path), TomographyTask)
+    assert [path.name for path in paths] == ["1.2.840.10008", "IM0001"]
+    task = TomographyTask(paths, TomographyTask.Options(views=4), CPU)
+    expected = TomographyTask([content], TomographyTask.Options(views=4), CPU)
+    for truth in task.truth:
+        torch.testing.assert_close(truth, expected.truth[0])
+
+
 def test_several_slices_are_fitted_as_each_alone(folder: Path) -> None:
     config = FieldConfig(mlp=MLPConfig(width=16, hidden_layers=1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,17 @@ class Frame:
     """Numbers of the field that stand for ..."""
     data_range: tuple[float, float] = (0.0, 1.0)
     """... these of the signal; between and beyond them, linearly."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What else a reader of the field has to know, for JSON. Lists hold one entry a signal. What `mwt.signals` writes:
+
+    audio      rate: samples a second. peaks: amplitudes in the file that 1 of the field stands for; of a single signal
+               `data_range` is ±peak already.
+    shape      mode: occupancy (positive inside) or distance (negative inside). centre [x, y, z] and scale: a place in
+               the file is centre + scale * coordinates, and a distance there is scale times the field's.
+    radiance   bound: places in the scene are bound * coordinates. values: what the four are, (log density per unit of
+               the scene, red, green, blue before a sigmoid). background: what is seen behind, 0 to 1.
+    poisson    mean: of each channel, which the fit does not know: shift pictures that the field shows to it.
+    """
 
     def __post_init__(self) -> None:
         count, pairs = len(self.axes), len(self.coordinate_range)
@@ -101,6 +112,7 @@ class Frame:
             for name in {"value_range", "data_range"} & content.keys():
                 low, high = content[name]
                 values[name] = (float(low), float(high))
+            values["meta"] = dict(content.get("meta", {}))
         except (TypeError, ValueError) as error:
             raise InputError(f"frame has a value of the wrong form ({error}).") from error
         return cls(**values)

@@ -39,7 +39,7 @@ def list_tasks() -> list[str]:
 
 
 def signal_paths(text: str, task: type[Task]) -> list[Path]:
-    """The files that `signal.path` names: a file, a folder (its files with the task's endings) or a glob, sorted.
+    """The files that `signal.path` names: a file, a folder (those of its files that the task takes) or a glob, sorted.
 
     `skimage:NAME` is one of the pictures that scikit-image brings, `pydicom:NAME` one of pydicom's DICOM files.
 
@@ -56,9 +56,9 @@ def signal_paths(text: str, task: type[Task]) -> list[Path]:
         )
     path = Path(text).expanduser()
     if path.is_dir() and not task.takes_folder:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in task.endings)
+        found = sorted(p for p in path.iterdir() if task.takes(p))
         if not found:
-            below = next((p for p in sorted(path.glob("*/**/*")) if p.suffix.lower() in task.endings), None)
+            below = next((p for p in sorted(path.glob("*/**/*")) if task.takes(p)), None)
             hint = f" Those of its folders are signal.path='{path}/**/*{below.suffix}'." if below else ""
             raise InputError(f"{path} holds no file that ends in {', '.join(task.endings)}.{hint}")
         return found

@@ -1,4 +1,4 @@
-"""Sound: a field over time, from WAV, FLAC or MP3 files, with one channel or all of them."""
+"""Sound: a field over time, from WAV, FLAC, MP3 or other files, with one channel or all of them."""
 
 from __future__ import annotations
 
@@ -159,32 +159,41 @@ def log_spectral_distance(shown: Float[Tensor, "*B T"], truth: Float[Tensor, "*B
 
 
 def sound_metrics(shown: Float[Tensor, "N T C"], truth: Float[Tensor, "N T C"]) -> dict[str, Float[Tensor, " N"]]:
-    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means) and, of 2,048 samples or more, the LSD."""
+    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means) and, of 2,048 samples or more, the LSD.
+
+    Means over those channels that are not silent: nothing is a share of silence.
+    """
     from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio, signal_noise_ratio
 
     pair = (shown.mT.double(), truth.mT.double())
-    metrics = {
-        "snr": signal_noise_ratio(*pair).mean(-1).float(),
-        "si_snr": scale_invariant_signal_noise_ratio(*pair).mean(-1).float(),
-    }
+    each = {"snr": signal_noise_ratio(*pair), "si_snr": scale_invariant_signal_noise_ratio(*pair)}
     if truth.shape[1] >= LSD_WINDOW:
-        metrics["lsd"] = log_spectral_distance(*pair).mean(-1).float()
-    return metrics
+        each["lsd"] = log_spectral_distance(*pair)
+    sounding = (truth != 0).any(1)  # [N, C]
+    return {
+        name: (torch.where(sounding, values, 0.0).sum(-1) / sounding.sum(-1)).float() for name, values in each.items()
+    }
 
 
-def spectrogram(sound: Float[Tensor, " T"], loudest: float, *, bins: int = 512) -> UInt8[Tensor, "3 f t"]:
+BINS = 512
+
+
+def spectrogram(sound: Float[Tensor, " T"], loudest: float) -> UInt8[Tensor, "3 f t"]:
     """Frequencies upwards, time to the right, about 480 columns; from `loudest` (a magnitude) down to -80 dB."""
-    step = max(1, len(sound) // 480)
-    found = _magnitudes(sound, bins, step).flip(0)
-    level = 1 + (found / loudest).clamp_min(1e-8).log10() / 4
+    level = 1 + (_magnitudes(sound).flip(0) / loudest).clamp_min(1e-8).log10() / 4
     colours = colormaps["magma"](level.clamp(0, 1).numpy(), bytes=True)[..., :3]
     return torch.from_numpy(np.ascontiguousarray(colours)).permute(2, 0, 1)
 
 
-def _magnitudes(sound: Float[Tensor, " T"], bins: int, step: int) -> Float[Tensor, "f t"]:
-    own = sound.detach().float().cpu()
+def loudest(sound: Float[Tensor, " T"]) -> float:
+    """The largest magnitude of a sound's spectrogram."""
+    return max(float(_magnitudes(sound).max()), 1e-8)
+
+
+def _magnitudes(sound: Float[Tensor, " T"]) -> Float[Tensor, "f t"]:
+    own, step = sound.detach().float().cpu(), max(1, len(sound) // 480)
     found: Tensor = torch.stft(
-        own, bins, step, window=torch.hann_window(bins), pad_mode="constant", return_complex=True
+        own, BINS, step, window=torch.hann_window(BINS), pad_mode="constant", return_complex=True
     ).abs()
     return found
 
@@ -196,11 +205,21 @@ class AudioTask(Task):
     """Mean squared error at samples. Each sound is divided by its largest absolute amplitude, and so fitted."""
 
     metric = "snr"
-    endings = (".wav", ".flac", ".mp3", ".ogg")
+    endings = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au")
 
     @dataclass(frozen=True, kw_only=True)
     class Options(AudioOptions):
         """Those of all sounds."""
+
+    @classmethod
+    def takes(cls, path: Path) -> bool:
+        """Also what else soundfile's library reads, but for RAW, which does not say how it is to be read."""
+        if super().takes(path):
+            return True
+        try:
+            return path.suffix[1:].upper() in soundfile().available_formats().keys() - {"RAW"}
+        except InputError:  # it is not installed: whoever reads a sound says so
+            return False
 
     @classmethod
     def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
@@ -236,6 +255,7 @@ class AudioTask(Task):
             size=(samples,),
             value_range=(-1.0, 1.0),
             data_range=(-peak, peak),
+            meta={"rate": self.rate, "peaks": self.peaks.tolist()},
         )
         self.coords = self.frame.grid(device=device)
 
@@ -252,21 +272,16 @@ class AudioTask(Task):
         return (predict(fields, coords) - values).square().mean((-2, -1))
 
     def evaluate(self, fields: Field) -> Evaluation:
-        """Metrics, and spectrograms of the first sound and of its error."""
+        """Metrics, and the spectrogram of the first sound."""
         shown = show(fields, self.coords)
-        loudest = self._loudest()
-        return Evaluation(
-            metrics=sound_metrics(shown, self.truth),
-            picture=spectrogram(shown[0].mean(-1), loudest),
-            error=spectrogram((shown - self.truth)[0].mean(-1), loudest),
-        )
-
-    def _loudest(self) -> float:
-        sound = self.truth[0].mean(-1)
-        return max(float(_magnitudes(sound, 512, max(1, len(sound) // 480)).max()), 1e-8)
+        picture = spectrogram(shown[0].mean(-1), loudest(self.truth[0].mean(-1)))
+        return Evaluation(metrics=sound_metrics(shown, self.truth), picture=picture)
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
-        """NAME.wav, NAME.truth.wav (16 bits, beyond full scale cut off) and NAME.png, the truth's spectrogram above."""
+        """NAME.wav, NAME.truth.wav (16 bits, beyond full scale cut off), NAME.png and NAME.error.png.
+
+        The pictures are spectrograms: the truth above the field, and their difference on the same scale.
+        """
         library, files = soundfile(), []
         shown = show(fields, self.coords).cpu()
         for name, own, truth, peak in zip(self.names, shown, self.truth.cpu(), self.peaks, strict=True):
@@ -275,11 +290,11 @@ class AudioTask(Task):
                 path = folder / f"{stem}{ending}"
                 library.write(path, (sound * peak).numpy(), self.rate, subtype="PCM_16", format="WAV")
                 files.append(path)
-            sound = truth.mean(-1)
-            loudest = max(float(_magnitudes(sound, 512, max(1, len(sound) // 480)).max()), 1e-8)
-            pair = [spectrogram(part.mean(-1), loudest) for part in (truth, own)]
-            line = torch.full_like(pair[0][:, :3], 255)
-            files.append(write_picture(folder / f"{stem}.png", torch.cat([pair[0], line, pair[1]], dim=1)))
+            scale = loudest(truth.mean(-1))
+            above, below, error = (spectrogram(part.mean(-1), scale) for part in (truth, own, own - truth))
+            line = torch.full_like(above[:, :3], 255)
+            files.append(write_picture(folder / f"{stem}.png", torch.cat([above, line, below], dim=1)))
+            files.append(write_picture(folder / f"{stem}.error.png", error))
         return files
 
     def facts(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from mwt.errors import InputError
 
 PYDICOM = "pydicom:"
+MARKER = 128
+"""Byte at which DICOM files say DICM."""
 
 
 def pydicom_library() -> Any:
@@ -42,6 +45,22 @@ def pydicom_file(name: str) -> Path:
     raise InputError(f"pydicom brings no file {name!r}; there are {', '.join(path.stem for path in found)}.")
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file is called .dcm, or has DICOM's marker, as the files of most archives do: IM0001, 1.2.840.10008.
+
+    DICOMDIR, the list of files that lies beside them, has the marker too and is none.
+    """
+    if path.suffix.lower() == ".dcm":
+        return True
+    if path.name.upper() == "DICOMDIR" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(MARKER + 4)[MARKER:] == b"DICM"
+    except OSError:  # not to be read, so not to be fitted
+        return False
+
+
 def read_dicom(path: Path, window: tuple[float, ...] = ()) -> Float[Tensor, "h w 1"]:
     """One slice: stored numbers times slope plus intercept (Hounsfield units of a CT), the window to [0, 1], clamped.
 
@@ -67,16 +86,26 @@ def read_dicom(path: Path, window: tuple[float, ...] = ()) -> Float[Tensor, "h w
         raise InputError(f"{path}: its pixels cannot be decoded ({error}).") from error
     if stored.ndim != 2:
         raise InputError(f"{path} holds an array of shape {stored.shape}; one slice of grey levels is expected.")
-    units = stored * float(content.get("RescaleSlope", 1)) + float(content.get("RescaleIntercept", 0))
-    low, high = window or _own_window(content, units)
+    try:
+        slope, shift = _number(content, "RescaleSlope", 1.0), _number(content, "RescaleIntercept", 0.0)
+        units = stored * slope + shift
+        low, high = window or _own_window(content, units)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: a tag of its scale or window is no number ({error}); mend the tag.") from error
     if not low < high:
         raise InputError(f"{path}: the window is {low:g} to {high:g}; it must rise (signal.window).")
     return torch.from_numpy(np.clip((units - low) / (high - low), 0, 1)).float()[..., None]
 
 
 def _own_window(content: Any, units: Float[np.ndarray, "h w"]) -> tuple[float, float]:
-    centre, width = content.get("WindowCenter"), content.get("WindowWidth")
-    if centre is None or width is None:
+    centre, width = _number(content, "WindowCenter", math.nan), _number(content, "WindowWidth", math.nan)
+    if math.isnan(centre) or math.isnan(width):
         return float(units.min()), float(units.max())
-    centre, width = (float(np.atleast_1d(value)[0]) for value in (centre, width))  # several windows: the first
     return centre - width / 2, centre + width / 2
+
+
+def _number(content: Any, tag: str, absent: float) -> float:
+    """The number of a tag, or the first of several; `absent` where it is missing or empty."""
+    value = content.get(tag)
+    values = [value] if value is None or isinstance(value, str) else np.atleast_1d(value).tolist()
+    return absent if not values or values[0] in (None, "") else float(values[0])

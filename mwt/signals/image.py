@@ -13,7 +13,17 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
-from mwt.signals.pictures import PICTURES, error_map, psnr, read_picture, read_pictures, ssim, to_bytes, write_picture
+from mwt.signals.pictures import (
+    PICTURES,
+    error_map,
+    psnr,
+    read_picture,
+    read_pictures,
+    ssim,
+    to_bytes,
+    write_picture,
+    write_shown,
+)
 from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 
@@ -114,19 +124,17 @@ class ImageTask(Task):
     def evaluate(self, fields: Field) -> Evaluation:
         """What `judge` says, and pictures."""
         shown = self.reconstruct(fields)
-        return Evaluation(
-            metrics=self.judge(shown), picture=to_bytes(shown[0]), error=error_map(shown[0], self.truth[0])
-        )
+        return Evaluation(metrics=self.judge(shown), picture=to_bytes(shown[0]))
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
-        """NAME.png and NAME.error.png of each signal, and the first one's truth."""
+        """NAME.png (`write_shown`), NAME.error.png and NAME.truth.png of each signal."""
         shown = self.reconstruct(fields)
         (height, width), scale = self.truth.shape[1:3], self.options.scale
         large = shown if scale == 1 else self.reconstruct(fields, (height * scale, width * scale))
         files = []
         for name, picture, own, truth in zip(self.names, large, shown, self.truth, strict=True):
             stem = Path(name).stem
-            files.append(write_picture(folder / f"{stem}.png", to_bytes(picture)))
+            files += write_shown(folder / f"{stem}.png", picture, truth)
             files.append(write_picture(folder / f"{stem}.error.png", error_map(own, truth)))
             files.append(write_picture(folder / f"{stem}.truth.png", to_bytes(truth)))
         return files

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from matplotlib import colormaps
 from scipy.spatial import cKDTree
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def read_mesh(path: Path) -> Mesh:
     """An OBJ, PLY, STL or OFF file; vertices at one place are one, and a closed mesh is turned outside out.
 
     Raises:
-        InputError: no such file, not a mesh, no triangles, or vertices that are not finite.
+        InputError: no such file, not a mesh, no triangles, vertices that are not finite, or no area.
     """
     library = trimesh_library()
     if not path.is_file():
@@ -85,7 +86,10 @@ def read_mesh(path: Path) -> Mesh:
     watertight = bool(found.is_watertight and found.is_winding_consistent)
     if watertight and found.volume < 0:
         found.invert()
-    return Mesh(np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64), watertight)
+    mesh = Mesh(np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64), watertight)
+    if not np.linalg.norm(mesh.crosses, axis=1).sum() > 0:
+        raise InputError(f"{path} has no triangle with an area: its vertices lie on a line or at one place.")
+    return mesh
 
 
 def write_mesh(path: Path, mesh: Mesh) -> Path:
@@ -94,17 +98,26 @@ def write_mesh(path: Path, mesh: Mesh) -> Path:
     return path
 
 
-def normalised(mesh: Mesh, reach: float) -> Mesh:
-    """Moved and scaled so that the longest side of its box runs from -reach to reach, and the middle is 0.
+@dataclass(frozen=True)
+class Placement:
+    """Where a mesh lies in the cube: a place in the file is centre + scale * one in the cube."""
 
-    Raises:
-        InputError: all vertices are at one place.
-    """
-    low, high = mesh.vertices.min(0), mesh.vertices.max(0)
-    span = float((high - low).max())
-    if not span > 0:
-        raise InputError("All vertices of the mesh are at one place; there is no shape.")
-    return Mesh((mesh.vertices - (low + high) / 2) * (2 * reach / span), mesh.triangles, mesh.watertight)
+    centre: Float[np.ndarray, " 3"]
+    scale: float
+
+    @classmethod
+    def within(cls, mesh: Mesh, reach: float) -> Placement:
+        """That in which the longest side of the mesh's box runs from -reach to reach, and the middle is 0."""
+        low, high = mesh.vertices.min(0), mesh.vertices.max(0)
+        return cls((low + high) / 2, float((high - low).max()) / (2 * reach))
+
+    def to_cube(self, mesh: Mesh) -> Mesh:
+        """A mesh of the file, in the cube."""
+        return Mesh((mesh.vertices - self.centre) / self.scale, mesh.triangles, mesh.watertight)
+
+    def to_file(self, mesh: Mesh) -> Mesh:
+        """The inverse."""
+        return Mesh(mesh.vertices * self.scale + self.centre, mesh.triangles, mesh.watertight)
 
 
 def sample_surface(
@@ -240,18 +253,39 @@ def marching_cubes(inwards: Float[np.ndarray, "g g g"]) -> Mesh | None:
 LIGHT = np.array([0.4, 0.5, 0.77]) / np.linalg.norm([0.4, 0.5, 0.77])
 
 
-def render(mesh: Mesh | None, size: int) -> Float[Tensor, "size size 1"]:
-    """A picture of [-1, 1]^2 from far along z, x to the right, y upwards, each triangle lit by its slope, on white."""
-    picture = np.ones(size * size)
+def _seen(mesh: Mesh | None, size: int) -> Int[np.ndarray, " P"]:
+    """The triangle at each pixel of [-1, 1]^2 from far along z, x to the right, y upwards; -1 where there is none."""
+    picture = np.full(size * size, -1)
     if mesh is not None:
         line = (2 * np.arange(size) + 1) / size - 1
         y, x = np.meshgrid(-line, line, indexing="ij")
         points = np.stack([x.ravel(), y.ravel(), np.zeros(size * size)], axis=1)
-        normals = mesh.normals
         for asked, triangles, heights in crossings(mesh, points, 2):
             order = np.argsort(heights)  # the highest on a line, which comes in one part, is assigned last
-            asked, triangles = asked[order], triangles[order]
-            seen = normals[triangles]
-            seen = seen * np.where(seen[:, 2:] < 0, -1.0, 1.0)
-            picture[asked] = 0.2 + 0.7 * (seen @ LIGHT).clip(0)
+            picture[asked[order]] = triangles[order]
+    return picture
+
+
+def render(mesh: Mesh | None, size: int) -> Float[Tensor, "size size 1"]:
+    """A picture from far along z, each triangle lit by its slope, on white."""
+    seen, picture = _seen(mesh, size), np.ones(size * size)
+    if mesh is not None:
+        normals = mesh.normals[seen[seen >= 0]]
+        normals *= np.where(normals[:, 2:] < 0, -1.0, 1.0)
+        picture[seen >= 0] = 0.2 + 0.7 * (normals @ LIGHT).clip(0)
     return torch.from_numpy(picture).float().view(size, size, 1)
+
+
+def render_distances(mesh: Mesh | None, other: Mesh | None, size: int, most: float) -> Float[Tensor, "size size 3"]:
+    """The picture of `render`, each triangle coloured by how far its middle lies from `other`.
+
+    Black at 0 to yellow at `most` and more, or where there is no other (matplotlib's inferno), on white.
+    """
+    seen, picture = _seen(mesh, size), np.ones((size * size, 3))
+    if mesh is not None:
+        shown, places = np.unique(seen[seen >= 0], return_inverse=True)
+        far = np.full(len(shown), most)
+        if other is not None and len(shown):
+            far = Nearest(other, np.random.default_rng(0))(mesh.corners[shown].mean(1))
+        picture[seen >= 0] = colormaps["inferno"]((far / most).clip(0, 1))[places, :3]
+    return torch.from_numpy(picture).float().view(size, size, 3)

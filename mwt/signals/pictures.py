@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,22 +11,31 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 from torch import Tensor
 
 from mwt.errors import InputError
 
 PICTURES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".npy")
 """Endings that `read_picture` takes."""
+ORIENTATION = 0x0112
+"""The tag of EXIF."""
+
+
+def in_order(path: Path) -> tuple[list[int | str], str]:
+    """What to sort ordered files by: their names, numbers in them as numbers, so that frame2 comes before frame10."""
+    parts = re.split(r"(\d+)", path.name)  # text and digits by turns
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def read_picture(path: Path, *, grey: bool = False) -> Float[Tensor, "h w C"]:
-    """An image file as numbers in [0, 1]: grey of 8 or 16 bits, RGB of 8, floats (TIFF), or .npy.
+    """An image file as numbers in [0, 1]: grey or RGB of 8 bits, of 16 (PNG, TIFF), floats (grey TIFF), or .npy.
 
     Transparency is dropped; the orientation that a camera notes (EXIF) is applied.
 
     Raises:
-        InputError: no such file, not an image, or an array of another form.
+        InputError: no such file, not an image, an array of another form, or RGB of 16 bits that no library here reads.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
@@ -42,6 +53,8 @@ def _read_image(path: Path, *, grey: bool) -> np.ndarray:
     """[h, w] or [h, w, 3]."""
     try:
         with Image.open(path) as opened:
+            if _has_wide_colours(opened):
+                return _turned(_read_wide(path, opened.format), opened.getexif().get(ORIENTATION, 1))
             opened.load()
             image = ImageOps.exif_transpose(opened)
             if image.mode == "F":
@@ -53,8 +66,67 @@ def _read_image(path: Path, *, grey: bool) -> np.ndarray:
                 return array / np.float32(65535 if wide else 255)
             wanted = "L" if grey or image.mode in ("L", "LA", "1") else "RGB"
             return np.asarray(image.convert(wanted), dtype=np.float32) / np.float32(255)
+    except InputError:
+        raise
     except Exception as error:  # Pillow's plug-ins raise many kinds
         raise InputError(f"{path} is not an image that can be read ({error}).") from error
+
+
+def _has_wide_colours(image: ImageFile.ImageFile) -> bool:
+    """Whether a PNG or TIFF file, opened and not loaded, has more than 8 bits a channel, of which Pillow keeps 8."""
+    if image.mode.startswith(("I", "F")):
+        return False
+    if image.format == "PNG":
+        return any(";16" in str(tile.args) for tile in image.tile)
+    return isinstance(image, TiffImageFile) and max(image.tag_v2.get(BITSPERSAMPLE, (8,))) > 8
+
+
+def _read_wide(path: Path, kind: str | None) -> np.ndarray:
+    """[h, w] or [h, w, 3] of 16 bits a channel."""
+    try:
+        array = _wide_png(path) if kind == "PNG" else _wide_tiff(path)
+    except ImportError as error:
+        way = "PNG: save it as TIFF, " if kind == "PNG" else "TIFF, of which all are read through tifffile: "
+        raise InputError(
+            f"{path} has more than 8 bits a colour, of which Pillow would keep 8, and nothing here reads all of a "
+            f"{way}pip install tifffile."
+        ) from error
+    colours = array[..., 0] if array.shape[-1] == 2 else array[..., :3]
+    return colours.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+
+
+def _wide_png(path: Path) -> np.ndarray:
+    """[h, w, C]: through torchvision, as long as it has a decoder (it says that a release to come has none)."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The image decoding and encoding capabilities")
+        found: np.ndarray = decode_image(str(path), ImageReadMode.UNCHANGED).movedim(0, -1).numpy()
+    return found
+
+
+def _wide_tiff(path: Path) -> np.ndarray:
+    """[h, w, 3] or [h, w, 4]: the first page, through tifffile."""
+    from tifffile import PHOTOMETRIC, TiffFile
+
+    with TiffFile(path) as file:
+        page = file.pages.first
+        array = page.asarray()
+        if page.axes == "SYX":  # plane after plane
+            array = np.moveaxis(array, 0, -1)
+        if page.photometric != PHOTOMETRIC.RGB or array.ndim != 3 or array.dtype.kind != "u":
+            kind = PHOTOMETRIC(page.photometric).name
+            raise InputError(f"{path} is a TIFF file of {kind} {array.dtype}; save it as RGB.")
+    return array
+
+
+def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Upright, as Pillow's `exif_transpose` does it."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array[:, ::-1] if orientation in (2, 3, 6, 7) else array
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -128,6 +200,20 @@ def write_picture(path: Path, picture: UInt8[Tensor, "C h w"]) -> Path:
     array = picture[0] if picture.shape[0] == 1 else picture.permute(1, 2, 0)
     Image.fromarray(array.contiguous().numpy()).save(path, "PNG")
     return path
+
+
+def write_shown(path: Path, picture: Float[Tensor, "h w C"], truth: Float[Tensor, "h w C"]) -> list[Path]:
+    """Write NAME.png of 8 bits for people, and where the truth has more than that, NAME.npy of 16 beside it.
+
+    The array is uint16 [h, w, C], 65535 is white; `read_picture` takes it. (No library here writes such RGB as PNG.)
+    """
+    files = [write_picture(path, to_bytes(picture))]
+    levels = truth.detach().cpu() * 255
+    if float((levels - levels.round()).abs().max()) > 1e-3:  # a step of 16 bits is 4e-3
+        wide = (picture.detach().cpu().double().clamp(0, 1) * 65535).round().numpy().astype(np.uint16)
+        files.append(path.with_suffix(".npy"))
+        np.save(files[-1], wide)
+    return files
 
 
 STRIP = 2**20

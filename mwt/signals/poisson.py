@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ class PoissonTask(ImageTask):
         height, width = self.truth.shape[1:3]
         if min(height, width) < 2:
             raise InputError(f"{paths[0]} is {height} x {width}; task=poisson needs at least 2 pixels along each axis.")
+        self.frame = replace(self.frame, meta={"mean": self.truth.mean((1, 2)).tolist()})
         self.spacing = (spans[0] / (height - 1), spans[1] / (width - 1))
         pictures = self.frame.to_values(self.truth)
         if options.given == "gradient":

@@ -39,21 +39,55 @@ class Views:
     cameras: Float[Tensor, "V 4 4"]
     angle: float
 
-    def part(self, chosen: list[int]) -> Views:
-        """Some of them."""
-        return Views(tuple(self.names[i] for i in chosen), self.pictures[chosen], self.cameras[chosen], self.angle)
+
+@dataclass(frozen=True)
+class Scene:
+    """A transforms file whose pictures have not been read."""
+
+    path: Path
+    names: tuple[str, ...]
+    files: tuple[Path, ...]
+    cameras: Float[Tensor, "V 4 4"]
+    angle: float
+
+    def views(self, chosen: Sequence[int], *, background: float, smaller: int) -> Views:
+        """Some of the views. One picture at a time is held at its full size.
+
+        Args:
+            chosen: their numbers.
+            background: what is seen through transparent pixels.
+            smaller: pixels along each axis that become one, their mean.
+
+        Raises:
+            InputError: a picture that will not do, or is of another size than the first; names the frame.
+        """
+        first: torch.Size | None = None
+        pictures = torch.empty(0)
+        for place, number in enumerate(chosen):
+            where = f"{self.path}: frame {number} ({self.names[number]})"
+            picture = _over(self.files[number], background, where)
+            if first is None:
+                first = picture.shape
+                if smaller < 1 or min(first[:2]) < smaller:
+                    raise InputError(f"signal.smaller is {smaller}; it must lie between 1 and the size of a picture.")
+                pictures = torch.empty(len(chosen), first[0] // smaller, first[1] // smaller, 3)
+            if picture.shape != first:
+                raise InputError(f"{where} is of another size than {self.names[chosen[0]]}.")
+            if smaller > 1:
+                picture = torch.nn.functional.avg_pool2d(picture.movedim(-1, 0), smaller).movedim(0, -1)
+            pictures[place] = picture
+        index = list(chosen)
+        return Views(tuple(self.names[i] for i in index), pictures, self.cameras[index], self.angle)
 
 
-def read_views(path: Path, *, background: float, smaller: int) -> Views:
-    """The views of a transforms file.
+def read_scene(path: Path) -> Scene:
+    """The views of a transforms file, without their pictures.
 
     Args:
         path: JSON; file_path is relative to it, with or without an ending.
-        background: what is seen through transparent pixels.
-        smaller: pixels along each axis that become one, their mean.
 
     Raises:
-        InputError: a missing file or key, a matrix or a picture that will not do; names the frame.
+        InputError: a missing file or key, or a matrix that will not do; names the frame.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,26 +102,17 @@ def read_views(path: Path, *, background: float, smaller: int) -> Views:
     if not isinstance(content["frames"], list) or not content["frames"]:
         raise InputError(f"{path}: frames is no list, or empty.")
     names: list[str] = []
-    pictures: list[Tensor] = []
+    files: list[Path] = []
     cameras: list[Tensor] = []
     for number, frame in enumerate(content["frames"]):
         where = f"{path}: frame {number}"
         for key in ("file_path", "transform_matrix"):
             if not isinstance(frame, dict) or key not in frame:
                 raise InputError(f"{where}: {key} is missing.")
-        name = str(frame["file_path"])
-        cameras.append(_matrix(frame["transform_matrix"], f"{where} ({name})"))
-        picture = _over(_picture_file(path.parent, name, where), background, f"{where} ({name})")
-        if pictures and picture.shape != pictures[0].shape:
-            raise InputError(f"{where} ({name}) is of another size than {names[0]}.")
-        names.append(name)
-        pictures.append(picture)
-    if smaller < 1 or min(pictures[0].shape[:2]) < smaller:
-        raise InputError(f"signal.smaller is {smaller}; it must lie between 1 and the size of a picture.")
-    stacked = torch.stack(pictures)
-    if smaller > 1:
-        stacked = torch.nn.functional.avg_pool2d(stacked.movedim(-1, 1), smaller).movedim(1, -1)
-    return Views(tuple(names), stacked, torch.stack(cameras), float(angle))
+        names.append(str(frame["file_path"]))
+        cameras.append(_matrix(frame["transform_matrix"], f"{where} ({names[-1]})"))
+        files.append(_picture_file(path.parent, names[-1], where))
+    return Scene(path, tuple(names), tuple(files), torch.stack(cameras), float(angle))
 
 
 def _matrix(content: Any, where: str) -> Float[Tensor, "4 4"]:
@@ -166,9 +191,7 @@ class RadianceTask(Task):
         self.background = 1.0 if options.white else 0.0
         path = paths[0]
         self.names = ((path if path.is_dir() else path.parent).name,)
-        self.fitted, kept = self._views(path)
-        count = min(options.test_views or len(kept.names), len(kept.names))
-        self.kept = kept.part([i * len(kept.names) // count for i in range(count)])
+        self.fitted, self.kept = self._views(path)
         self.channels = 4
         self.frame = Frame(
             kind="radiance",
@@ -176,6 +199,11 @@ class RadianceTask(Task):
             coordinate_range=((-1.0, 1.0),) * 3,
             value_range=(-1.0, 1.0),
             data_range=(-1.0, 1.0),
+            meta={
+                "bound": options.bound,
+                "values": ["log_density", "red_logit", "green_logit", "blue_logit"],
+                "background": self.background,
+            },
         )
         height, width = self.fitted.pictures.shape[1:3]
         rays = [camera_rays(camera, height, width, self.fitted.angle) for camera in self.fitted.cameras]
@@ -190,15 +218,20 @@ class RadianceTask(Task):
             if not found:
                 raise InputError(f"{path} holds no transforms_train.json and no transforms.json.")
             path = found[0]
-        views = read_views(path, background=self.background, smaller=options.smaller)
+        scene = other = read_scene(path)
+        fitted, kept = list(range(len(scene.names))), list(range(0, len(scene.names), options.holdout))
         test = path.with_name("transforms_test.json")
         if test.is_file() and test != path:
-            return views, read_views(test, background=self.background, smaller=options.smaller)
-        kept = list(range(0, len(views.names), options.holdout))
-        rest = [i for i in range(len(views.names)) if i % options.holdout]
-        if not rest:
+            other = read_scene(test)
+            kept = list(range(len(other.names)))
+        else:
+            fitted = [i for i in fitted if i % options.holdout]
+        if not fitted:
             raise InputError(f"{path} has one frame; a radiance field takes several views of a scene.")
-        return views.part(rest), views.part(kept)
+        count = min(options.test_views or len(kept), len(kept))
+        kept = [kept[i * len(kept) // count] for i in range(count)]
+        how: dict[str, Any] = {"background": self.background, "smaller": options.smaller}
+        return scene.views(fitted, **how), other.views(kept, **how)
 
     @property
     def points(self) -> int:
@@ -239,10 +272,10 @@ class RadianceTask(Task):
         return (seen - self.colours[chosen]).square().mean()[None]
 
     @torch.no_grad()
-    def draw(self, fields: Field, camera: Float[Tensor, "4 4"]) -> Float[Tensor, "h w 3"]:
-        """What a camera sees, at the size of the views."""
-        height, width = self.fitted.pictures.shape[1:3]
-        origins, directions = camera_rays(camera.to(self.origins.device), height, width, self.fitted.angle)
+    def draw(self, fields: Field, camera: Float[Tensor, "4 4"], like: Views) -> Float[Tensor, "h w 3"]:
+        """What a camera sees, at the size and the angle of those of `like`."""
+        height, width = like.pictures.shape[1:3]
+        origins, directions = camera_rays(camera.to(self.origins.device), height, width, like.angle)
         training = fields.training
         fields.eval()
         try:
@@ -254,24 +287,24 @@ class RadianceTask(Task):
 
     def evaluate(self, fields: Field) -> Evaluation:
         """PSNR and SSIM of the views that are kept, and the first of them."""
-        shown = torch.stack([self.draw(fields, camera) for camera in self.kept.cameras])
+        shown = torch.stack([self.draw(fields, camera, self.kept) for camera in self.kept.cameras])
         truth = self.kept.pictures
         metrics = {"psnr": psnr(shown.flatten(1, 2), truth.flatten(1, 2)).mean()[None]}
         if min(shown.shape[1:3]) >= 11:
             metrics["ssim"] = ssim(shown, truth).mean()[None]
-        return Evaluation(metrics=metrics, picture=to_bytes(shown[0]), error=error_map(shown[0], truth[0]))
+        return Evaluation(metrics=metrics, picture=to_bytes(shown[0]))
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
         """NUMBER.png, the truth, the field and the error side by side of each view that is kept, and orbit.gif."""
         files = []
         for number, (camera, truth) in enumerate(zip(self.kept.cameras, self.kept.pictures, strict=True)):
-            shown = self.draw(fields, camera)
+            shown = self.draw(fields, camera, self.kept)
             row = torch.cat([to_bytes(truth), to_bytes(shown), error_map(shown, truth)], dim=2)
             files.append(write_picture(folder / f"{number:03d}.png", row))
         if self.options.orbit:
             cameras = orbit(self.fitted.cameras, self.options.orbit)
-            arrays = [to_bytes(self.draw(fields, camera)).permute(1, 2, 0).contiguous().numpy() for camera in cameras]
-            first, *rest = [Image.fromarray(array) for array in arrays]
+            drawn = (to_bytes(self.draw(fields, camera, self.fitted)) for camera in cameras)
+            first, *rest = [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in drawn]
             first.save(folder / "orbit.gif", save_all=True, append_images=rest, duration=80, loop=0)
             files.insert(0, folder / "orbit.gif")
         return files

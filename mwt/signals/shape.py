@@ -21,11 +21,12 @@ from mwt.signals.meshes import (
     MESHES,
     Mesh,
     Nearest,
+    Placement,
     contains,
     marching_cubes,
-    normalised,
     read_mesh,
     render,
+    render_distances,
     sample_surface,
     write_mesh,
 )
@@ -34,6 +35,8 @@ from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 NOWHERE = 2 * math.sqrt(3)
 """Chamfer distance of a field without a surface: the diagonal of the cube."""
+FAR = 0.02
+"""Distance, of a cube from -1 to 1, that is yellow in pictures of the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +154,12 @@ class ShapeTask(Task):
                     f"{path} is not watertight (some edges have not two triangles), so it has no inside, and its "
                     "distance no sign: mend it, or set signal.mode=occupancy."
                 )
-        self.meshes = [normalised(mesh, options.reach) for mesh in meshes]
+        self.placements = [Placement.within(mesh, options.reach) for mesh in meshes]
+        self.meshes = [place.to_cube(mesh) for place, mesh in zip(self.placements, meshes, strict=True)]
+        """In the cube."""
         graded = options.mode == "distance" and (options.weight_eikonal > 0 or options.weight_normal > 0)
         self.derivatives = 1 if graded else 0
         self.between = options.lattice is None
-        self.queries = self._ask(device) if self.between else None
         self.frame = Frame(
             kind="shape",
             axes=("x", "y", "z"),
@@ -163,6 +167,11 @@ class ShapeTask(Task):
             size=None if options.lattice is None else (options.lattice,) * 3,
             value_range=(0.0, 1.0),
             data_range=(0.0, 1.0),
+            meta={
+                "mode": options.mode,
+                "centre": [place.centre.tolist() for place in self.placements],
+                "scale": [place.scale for place in self.placements],
+            },
         )
         self.side = options.lattice or options.grid
         """Points along each axis of `coords`."""
@@ -170,6 +179,15 @@ class ShapeTask(Task):
         grid = self.coords.double().cpu().numpy()
         self.inside = torch.from_numpy(np.stack([contains(mesh, grid) for mesh in self.meshes])).to(device)
         """On the grid [N, g^3]."""
+        for path, inside in zip(paths, self.inside, strict=True):
+            if not inside.any():
+                raise InputError(
+                    f"None of {self.side}^3 points lies inside {path}, so that there is nothing to tell from outside. "
+                    "An open surface (a sheet, a terrain) has no inside: close it. A thin shape needs a finer "
+                    f"signal.{'grid' if options.lattice is None else 'lattice'}."
+                )
+
+        self.queries = self._ask(device) if self.between else None
 
     def _ask(self, device: torch.device) -> Queries:
         """Points of all shapes, and what is known at them."""
@@ -239,15 +257,23 @@ class ShapeTask(Task):
         )
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
-        """NAME.ply, the field's surface (none: no file), and its picture beside the mesh's own, NAME.png."""
+        """NAME.ply, the field's surface where the file's mesh is (none: no file); NAME.png and NAME.error.png.
+
+        The pictures have the file's mesh on the left and the field's surface on the right; in the latter, colours are
+        distances from the other one (`render_distances`; yellow is a hundredth of the cube's side).
+        """
         files = []
         shown = self.inwards(fields, self.options.lattice or self.options.mesh_grid)
-        for name, mesh, own in zip(self.names, self.meshes, shown, strict=True):
+        for name, place, mesh, own in zip(self.names, self.placements, self.meshes, shown, strict=True):
             surface, stem = marching_cubes(own.cpu().numpy()), Path(name).stem
             if surface is not None:
-                files.append(write_mesh(folder / f"{stem}.ply", surface))
+                files.append(write_mesh(folder / f"{stem}.ply", place.to_file(surface)))
             pair = torch.cat([render(mesh, 320), render(surface, 320)], dim=1)
             files.append(write_picture(folder / f"{stem}.png", to_bytes(pair)))
+            pair = torch.cat(
+                [render_distances(mesh, surface, 320, FAR), render_distances(surface, mesh, 320, FAR)], dim=1
+            )
+            files.append(write_picture(folder / f"{stem}.error.png", to_bytes(pair)))
         return files
 
     def facts(self) -> dict[str, Any]:

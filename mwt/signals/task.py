@@ -18,26 +18,42 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mwt.errors import InputError
 from mwt.fields import Field, Frame, evaluate
 from mwt.rng import derived_seed, permutation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How well the fields show their signals. `metrics` by name, one number a signal; pictures of the first signal."""
+    """How well the fields show their signals. `metrics` by name, one number a signal; a picture of the first signal."""
 
     metrics: dict[str, Float[Tensor, " N"]]
     picture: UInt8[Tensor, "C h w"]
     """What the field shows."""
-    error: UInt8[Tensor, "3 h w"] | None = None
-    """Where it is wrong: brighter is worse."""
+
+
+BESIDE = ("truth", "error", "measured", "bicubic", "sinogram", "fbp")
+"""What tasks write of a signal beside its reconstruction: NAME.truth.png, ..."""
 
 
 def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The files' names, numbered where two would be written under one (a/x.png and b/x.png, x.png and x.jpg)."""
-    if len({path.stem for path in paths}) == len(paths):
-        return tuple(path.name for path in paths)
-    return tuple(f"{number:03d}-{path.name}" for number, path in enumerate(paths))
+    """The files' names, numbered where two would be written under one (a/x.png and b/x.png, x.png and x.jpg).
+
+    Raises:
+        InputError: one is called as what is written of another (x.png and x.truth.png).
+    """
+    stems = {path.stem: path for path in paths}
+    for stem, path in stems.items():
+        before, _, last = stem.rpartition(".")
+        if last in BESIDE and before in stems:
+            raise InputError(
+                f"{stems[before]} and {path} cannot be fitted together: the {last} of the one would be written under "
+                "the name of the other. The latter looks like the outcome of a fit: name the signals by a glob that "
+                "leaves it out, or rename it."
+            )
+    if len(stems) < len(paths):
+        return tuple(f"{number:03d}-{path.name}" for number, path in enumerate(paths))
+    return tuple(path.name for path in paths)
 
 
 def means(metrics: dict[str, Float[Tensor, " N"]]) -> dict[str, float]:
@@ -55,7 +71,7 @@ class Task(ABC):
     between: bool = False
     """Whether values are asked for between the samples of `frame`, or of what was measured."""
     endings: ClassVar[tuple[str, ...]] = ()
-    """Of the files that a folder of signals is searched for."""
+    """Of the files that a folder of signals is searched for (`takes`)."""
     takes_folder: ClassVar[bool] = False
     """Whether a folder is one signal."""
     subsets: ClassVar[bool] = True
@@ -66,6 +82,11 @@ class Task(ABC):
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """What `signal.KEY` may hold beside `signal.path`."""
+
+    @classmethod
+    def takes(cls, path: Path) -> bool:
+        """Whether a file in a folder of signals is one of them."""
+        return path.suffix.lower() in cls.endings
 
     @classmethod
     def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:

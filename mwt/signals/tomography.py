@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from mwt.errors import InputError
 from mwt.fields import Field
 from mwt.rng import derived_seed
-from mwt.signals.dicom import read_dicom
+from mwt.signals.dicom import is_dicom, read_dicom
 from mwt.signals.image import ImageOptions, ImageTask
 from mwt.signals.pictures import PICTURES, centre, psnr, read_picture, to_bytes, write_picture
 from mwt.signals.task import means, predict, show, signal_names
@@ -163,6 +163,11 @@ class TomographyTask(ImageTask):
     options: Options
 
     @classmethod
+    def takes(cls, path: Path) -> bool:
+        """Also DICOM files without an ending."""
+        return super().takes(path) or is_dicom(path)
+
+    @classmethod
     def shapes(cls, paths: Sequence[Path], options: Any) -> list[tuple[int, ...]]:
         """Height, width and channels of the squares."""
         return [tuple(read_slice(path, options).shape) for path in paths]
@@ -275,6 +280,5 @@ def read_slice(path: Path, options: TomographyTask.Options) -> Float[Tensor, "n 
     Raises:
         InputError: as of `read_picture` and `read_dicom`.
     """
-    dicom = path.suffix.lower() == ".dcm"
-    picture = read_dicom(path, options.window) if dicom else read_picture(path, grey=True)
+    picture = read_dicom(path, options.window) if is_dicom(path) else read_picture(path, grey=True)
     return centre(picture, options.crop or min(picture.shape[:2]), str(path))

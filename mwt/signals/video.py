@@ -15,18 +15,18 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
-from mwt.signals.pictures import PICTURES, error_map, psnr, read_pictures, ssim, to_bytes, write_picture
+from mwt.signals.pictures import PICTURES, error_map, in_order, psnr, read_pictures, ssim, to_bytes, write_shown
 from mwt.signals.task import Evaluation, Task, predict, show
 
 
 def read_video(path: Path, *, grey: bool, limit: int | None) -> Float[Tensor, "T h w C"]:
-    """Frames of a folder, by name, or of an animated GIF, WebP or PNG, in [0, 1].
+    """Frames of a folder, by name (2 before 10), or of an animated GIF, WebP or PNG, in [0, 1].
 
     Raises:
         InputError: no frames, frames of several sizes, a file that is none.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)[:limit]
+        files = sorted((file for file in path.iterdir() if file.suffix.lower() in PICTURES), key=in_order)[:limit]
         if not files:
             raise InputError(f"{path} holds no frames (files that end in {', '.join(PICTURES)}).")
         return read_pictures(files, grey=grey)
@@ -107,18 +107,20 @@ class VideoTask(Task):
         metrics = {"psnr": by_frame.mean()[None], "psnr_worst": by_frame.min()[None]}
         if min(shown.shape[1:3]) >= 11:
             metrics["ssim"] = ssim(shown, self.truth).mean()[None]
-        middle = len(shown) // 2
-        return Evaluation(
-            metrics=metrics, picture=to_bytes(shown[middle]), error=error_map(shown[middle], self.truth[middle])
-        )
+        return Evaluation(metrics=metrics, picture=to_bytes(shown[len(shown) // 2]))
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
-        """video.gif with the truth on the left and the field on the right, and the frames as PNG files."""
-        shown = self.reconstruct(fields)
-        pairs = torch.cat([self.truth.cpu(), shown.cpu()], dim=2)
-        images = [to_bytes(pair) for pair in pairs]
-        files = [write_picture(folder / f"{i:05d}.png", to_bytes(frame)) for i, frame in enumerate(shown)]
-        arrays = [image[0] if len(image) == 1 else image.permute(1, 2, 0) for image in images]
-        first, *rest = [Image.fromarray(array.contiguous().numpy()) for array in arrays]
-        first.save(folder / "video.gif", save_all=True, append_images=rest, duration=80, loop=0)
-        return [folder / "video.gif", *files]
+        """video.gif with the truth on the left and the field on the right, video.error.gif, and the frames."""
+        shown = self.reconstruct(fields).cpu()
+        films = {
+            "video.gif": [to_bytes(pair) for pair in torch.cat([self.truth.cpu(), shown], dim=2)],
+            "video.error.gif": [error_map(*pair) for pair in zip(shown, self.truth.cpu(), strict=True)],
+        }
+        for name, images in films.items():
+            arrays = [image[0] if len(image) == 1 else image.permute(1, 2, 0) for image in images]
+            first, *rest = [Image.fromarray(array.contiguous().numpy()) for array in arrays]
+            first.save(folder / name, save_all=True, append_images=rest, duration=80, loop=0)
+        files = [folder / name for name in films]
+        for i, (frame, truth) in enumerate(zip(shown, self.truth, strict=True)):
+            files += write_shown(folder / f"{i:05d}.png", frame, truth)
+        return files
