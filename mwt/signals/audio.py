@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
-from mwt.signals.pictures import write_picture
+from mwt.signals.pictures import psnr, write_picture
 from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 LSD_WINDOW = 2048
@@ -159,13 +159,15 @@ def log_spectral_distance(shown: Float[Tensor, "*B T"], truth: Float[Tensor, "*B
 
 
 def sound_metrics(shown: Float[Tensor, "N T C"], truth: Float[Tensor, "N T C"]) -> dict[str, Float[Tensor, " N"]]:
-    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means) and, of 2,048 samples or more, the LSD."""
+    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means), the PSNR of amplitudes in [-1, 1] (a range of
+    2; what is shown is clamped) and, of 2,048 samples or more, the LSD."""
     from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio, signal_noise_ratio
 
     pair = (shown.mT.double(), truth.mT.double())
     metrics = {
         "snr": signal_noise_ratio(*pair).mean(-1).float(),
         "si_snr": scale_invariant_signal_noise_ratio(*pair).mean(-1).float(),
+        "psnr": psnr((pair[0] + 1) / 2, (pair[1] + 1) / 2),
     }
     if truth.shape[1] >= LSD_WINDOW:
         metrics["lsd"] = log_spectral_distance(*pair).mean(-1).float()
@@ -250,6 +252,10 @@ class AudioTask(Task):
         if index is not None:
             coords, values = coords[index], values[:, index]
         return (predict(fields, coords) - values).square().mean((-2, -1))
+
+    def residual(self, fields: Field) -> Float[Tensor, "N T C"]:
+        """At all samples."""
+        return show(fields, self.coords) - self.truth
 
     def evaluate(self, fields: Field) -> Evaluation:
         """Metrics, and spectrograms of the first sound and of its error."""
