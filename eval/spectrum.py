@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from mwt import runtime
 from mwt.config_files import config_yaml, load_config
-from mwt.errors import InputError, TrainingError
+from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fit_run import FitRun, read_fit_run
 from mwt.page import chart, charts, section, table
 from mwt.plots import Line
@@ -78,9 +78,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fit_models(
-    configs: dict[str, SpectrumConfig], config: SpectrumConfig, device: torch.device, stop: StopRequested
+    configs: dict[str, SpectrumConfig], config: SpectrumConfig, metric: str, device: torch.device, stop: StopRequested
 ) -> tuple[list[Study], float]:
-    """A study of each model, and the frequency from which on they are held out."""
+    """A study of each model, and the frequency from which on they are held out.
+
+    Raises:
+        InputError: a metric that fits do not have, as soon as the first has ended.
+    """
     task = make_task(config.signal, config.run.seed, device)
     total = len(configs) * config.optim.steps
     studies = []
@@ -93,6 +97,8 @@ def fit_models(
                 )
             )
             bar.update((i + 1) * config.optim.steps - bar.n)
+            if (final := studies[-1].final) and metric not in final:
+                raise InputError(f"--metric {metric}: there is none of this name; there are {', '.join(final)}.")
             if stop.signal is not None:
                 break
     return studies, held_out_from(task)
@@ -100,7 +106,7 @@ def fit_models(
 
 def model_links(studies: list[Study], metric: str) -> tuple[list[str], dict[str, Any]]:
     """The correlation over the models that were fitted here, as a section and as numbers."""
-    whole = [item for item in studies if item.looks and metric in item.final]
+    whole = [item for item in studies if item.looks and item.final]
     if not whole:
         return [], {}
     values = [item.final[metric] for item in whole]
@@ -144,13 +150,14 @@ def grid_links(arguments: argparse.Namespace, config: SpectrumConfig) -> tuple[l
 
 
 def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tuple[str, dict[str, Any]]:
-    """A run of `train.fit`: its kernel at the beginning and in the end, or that one of them is not finite."""
+    """A run of `train.fit`: its kernel at the beginning and in the end, or why there is none."""
     name = f"{run.config.task}: {label(run.config.field)}"
     try:
         looks, energy = run_looks(run, config.run, device)
-    except TrainingError as error:
-        print(f"\n{run.folder} ({name}): not finite: {error}")
-        return section(name, f"{run.folder}: not finite: {error}"), {"run": str(run.folder), "problem": str(error)}
+    except (NotDefinedError, TrainingError) as error:
+        problem = f"not {'defined' if isinstance(error, NotDefinedError) else 'finite'}: {error}"
+        print(f"\n{run.folder} ({name}): {problem}")
+        return section(name, f"{run.folder}: {problem}"), {"run": str(run.folder), "problem": problem}
     names = {"at the beginning": looks[0], "in the end": looks[1]}
     keys = list(looks[0].summary)
     rows = [[when, *(number(found.summary[key]) for key in keys)] for when, found in names.items()]
@@ -186,10 +193,11 @@ def main(argv: list[str] | None = None) -> int:
     content: dict[str, Any] = {"config": dataclasses.asdict(config)}
     studies: list[Study] = []
     sections: list[str] = []
+    metric = arguments.metric or "psnr"
     limit, about = float("inf"), ""
     if configs:
         with StopRequested() as stop:
-            studies, limit = fit_models(configs, config, device, stop)
+            studies, limit = fit_models(configs, config, metric, device, stop)
             if stop.signal is not None:
                 return stop.exit_status
         about = f"{len(studies)} models, {config.optim.steps:,} steps of {config.optim.name} on {config.signal.name}."
@@ -199,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         for item in studies:
             if item.problem:
                 print(f"{item.name}: {item.problem}")
-        sections, content["correlations"] = model_links(studies, arguments.metric or "psnr")
+        sections, content["correlations"] = model_links(studies, metric)
         content["models"] = [item.as_json() for item in studies]
         content["held_out_from"] = None if limit == float("inf") else limit
         first = studies[0]  # what a grid of single models reads

@@ -4,6 +4,7 @@ files of the jobs; and every grid of the project, beside figures typed from the 
 from __future__ import annotations
 
 import csv
+import fnmatch
 import json
 import os
 import shutil
@@ -275,6 +276,10 @@ def test_a_number_that_is_not_there_is_named(toys: Path) -> None:
     assert row["score_mean"] == ""
     assert "seed 0: no score.median in make-" in row["problems"]
     assert table(toys)["Rate", "0.3"]["open"] == "0 1"
+    change(toys, "path: score.median", "path: score.median, optional: true")
+    assert run(toys, "--tables") == 0
+    row = table(toys)["Rate", "0.1"]
+    assert (row["score_mean"], row["problems"], row["outcome"]) == ("", "", "done")
 
 
 def test_a_dry_run_starts_nothing_and_tables_alone_neither(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -748,6 +753,10 @@ def diagonals(rows: list[RowsConfig]) -> list[RowsConfig]:
     return found
 
 
+NEEDED = {"task=audio": "audio", "task=tomography": "medical", "task=shape": "shapes", "*=skimage:*": "scikit-image"}
+"""Extras of pyproject.toml, and a package, by words of a command."""
+
+
 def test_the_benchmark_has_78_models_and_two_baselines_on_nine_tasks() -> None:
     for name, others in (("inr_bench_mini", 0), ("inr_bench_paper", 0), ("inr_bench_activations", 8)):
         blocks = load_grid(GRIDS / f"{name}.yaml").rows
@@ -787,6 +796,22 @@ def test_other_grids_are_accepted_by_their_programs(path: Path) -> None:
             small = replace(field, mlp=replace(field.mlp, width=8), kan=replace(field.kan, width=8))
             if field.name in ("mlp", "kan"):
                 build_field(small, coordinate_dims=2, channels=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["asmr", "inr_bench_mini", "inr_bench_activations", "kan_granularity"])
+def test_a_header_names_the_packages_that_signals_need(name: str) -> None:
+    path = GRIDS / f"{name}.yaml"
+    grid = load_grid(path)
+    rows = [replace(block, product={axis: values if axis == "task" else values[:1]
+                                    for axis, values in block.product.items()}) for block in grid.rows]  # fmt: skip
+    cells = expand(replace(grid, rows=rows, base="itself"), path, "tiny", seeds=[0])
+    words = {word for cell in cells for job in cell.jobs[0].values() for word in job.words}
+    needed = {package for word, package in NEEDED.items() if any(fnmatch.fnmatch(one, word) for one in words)}
+    if needed & {"medical", "shapes"}:  # they bring scikit-image
+        needed.discard("scikit-image")
+    [line] = [line for line in path.read_text().splitlines() if line.startswith("# Needs:")]
+    assert needed
+    assert all(package in line for package in needed), needed
 
 
 @pytest.mark.parametrize("scale", SCALES)

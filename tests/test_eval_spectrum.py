@@ -12,20 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from scipy import stats
 
 from eval import spectrum
 from eval.spectrum import main
 from mwt.config_files import load_config
-from mwt.errors import InputError, TrainingError
-from mwt.fields import load_field
+from mwt.errors import InputError, NotDefinedError, TrainingError
+from mwt.fields import Field, Frame, build_field, load_field
 from mwt.fit_config import FitOptimConfig
+from mwt.fit_run import FitRun, read_fit_run
 from mwt.ntk import kernel
+from mwt.signals import TASKS
 from mwt.spectra.config import SpectrumConfig, SpectrumRunConfig, SpectrumSignalConfig
-from mwt.spectra.models import model_overrides, models
-from mwt.spectra.study import Study, correlations, held_out_from, make_task, study
+from mwt.spectra.models import grid_models, model_overrides, models, run_looks
+from mwt.spectra.study import Study, correlations, first_look, held_out_from, make_task, study
 from train.fit import main as fit
 
 SMALL = ["signal.size=24", "signal.frequencies=[2,6]", "field.mlp.width=8", "field.mlp.hidden_layers=1"]
@@ -111,8 +114,6 @@ def test_errors_by_frequency_are_numpys(tmp_path: Path) -> None:
     config = load_config(SpectrumConfig, None, SMALL)
     task = make_task(config.signal, 0, CPU)
     found = study("x", config.field, task, FitOptimConfig(steps=1), SpectrumRunConfig(records=1, looks=1))
-    from mwt.fields import build_field
-
     field = build_field(config.field, coordinate_dims=1, channels=1, seed=0)
     truth = np.fft.rfft(task.values[0, :, 0].double().numpy())
     shown = np.fft.rfft(field(task.coords)[:, 0].double().detach().numpy())
@@ -184,7 +185,7 @@ def test_kernels_of_runs_that_are_not_finite(grid: Path, tmp_path: Path, monkeyp
     runs = ["--run", f"{grid}/jobs/0", "--grid", str(grid), "--out", str(tmp_path)]
     assert main([*runs, "run.device=cpu"]) == 0
     content = result(tmp_path)
-    assert (content["runs"][0]["problem"], content["grid"]) == ("At step 0: no <number>", {})
+    assert (content["runs"][0]["problem"], content["grid"]) == ("not finite: At step 0: no <number>", {})
     assert sorted(content["left_out"]) == ["image: relu", "image: sine", "image: tanh"]
     html = (tmp_path / "spectrum.html").read_text()
     assert html.count("At step 0: no &lt;number&gt;") == 4
@@ -227,6 +228,121 @@ def test_a_grid_and_its_runs(grid: Path, tmp_path: Path, capsys: pytest.CaptureF
     check_page(tmp_path / "spectrum.html")
     with pytest.raises(InputError, match="there is no iou; there are psnr"):
         main(["--grid", str(grid), "--metric", "iou", "--out", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def signals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound, a picture in colours, and a film, all small."""
+    folder = tmp_path_factory.mktemp("signals")
+    rng = np.random.default_rng(0)
+    soundfile.write(folder / "a.wav", 0.4 * rng.standard_normal(50).clip(-2, 2), 8000, subtype="FLOAT")
+    Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(folder / "a.png")
+    frames = [Image.fromarray(rng.integers(0, 256, (6, 7), dtype=np.uint8)) for _ in range(4)]
+    frames[0].save(folder / "a.gif", save_all=True, append_images=frames[1:])
+    return folder
+
+
+def samples(path: Path) -> np.ndarray:
+    """What a field is to show [*size, C], between -1 and 1."""
+    if path.suffix == ".wav":
+        sound = soundfile.read(path, always_2d=True)[0]
+        return sound / np.abs(sound).max()
+    with Image.open(path) as image:
+        if path.suffix == ".png":
+            return np.asarray(image) / 127.5 - 1
+        frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(image)]
+    return np.stack(frames)[..., None] / 127.5 - 1
+
+
+def shares(values: np.ndarray) -> np.ndarray:
+    """Of the energy at 0, 1, 2, ... periods over a signal [*size, C], by NumPy."""
+    axes = tuple(range(values.ndim - 1))
+    power = (np.abs(np.fft.fftn(values, axes=axes)) ** 2).sum(-1)
+    lines = np.meshgrid(*(np.fft.fftfreq(n, 1 / n) for n in power.shape), indexing="ij")
+    bins = np.sqrt(sum(line**2 for line in lines)).round().astype(int)
+    return np.bincount(bins.ravel(), power.ravel()) / power.sum()
+
+
+def residual_by_hand(field: Field, frame: Frame, path: Path, task: str) -> np.ndarray:
+    """Of what a field shows; derivatives say nothing of the mean."""
+    truth = samples(path)
+    residual = field(frame.grid()).detach().double().numpy().reshape(truth.shape) - truth
+    return residual - residual.mean((0, 1)) if task == "poisson" else residual
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "options"),
+    [
+        ("audio", "a.wav", {"channel": "mono"}),
+        ("image", "a.png", {}),
+        ("poisson", "a.png", {"given": "gradient"}),
+        ("poisson", "a.png", {"given": "laplacian"}),
+        ("denoising", "a.png", {"sigma": 0.5}),
+        ("super_resolution", "a.png", {"factor": 2}),
+        ("video", "a.gif", {"grey": True}),
+    ],
+)
+def test_residuals_are_against_the_signal_itself(name: str, file: str, options: dict[str, Any], signals: Path) -> None:
+    """And not against derivatives, noise or a small picture."""
+    task = TASKS[name]([signals / file], TASKS[name].Options(**options), CPU)
+    field = build_field(
+        SpectrumConfig().field, coordinate_dims=task.frame.coordinate_dims, channels=task.channels, seed=0
+    )
+    found = task.residual(field)
+    assert found is not None
+    by_hand = residual_by_hand(field, task.frame, signals / file, name)
+    np.testing.assert_allclose(found[0].numpy().reshape(by_hand.shape), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "file"), [("poisson", "a.png"), ("audio", "a.wav")])
+def test_the_residual_of_a_run(name: str, file: str, signals: Path, tmp_path: Path) -> None:
+    words = [f"task={name}", f"signal.path={signals / file}", f"run.dir={tmp_path}/run", "field.mlp.hidden_layers=1"]
+    assert fit(["--debug", *words, "run.film=false", "run.ranks=false"]) == 0
+    _, energy = run_looks(read_fit_run(tmp_path / "run"), SpectrumRunConfig(points=9), CPU)
+    field, frame = load_field(tmp_path / "run" / "field")
+    by_hand = residual_by_hand(field, frame, signals / file, name)
+    np.testing.assert_allclose(energy[4].numpy(), shares(by_hand), atol=1e-5)
+
+
+def test_a_field_on_samples_alone(grid: Path, tmp_path: Path) -> None:
+    """ASMR: its kernel is taken at some of its samples, each once, by a run and by a grid."""
+    words = [f"run.dir={tmp_path}/jobs/0", f"signal.path={grid}/ramp.png", "field.name=asmr", "field.asmr.width=6"]
+    assert fit(["--debug", *words, "field.asmr.layers=2", "run.film=false", "run.ranks=false"]) == 0
+    (tmp_path / "cells.json").write_text(json.dumps({"rows": [{"jobs": {"0": {"fit": "0"}}}]}))
+    (model,), _, left_out = grid_models(tmp_path, None)
+    assert left_out == {}
+    field, _ = load_field(tmp_path / "jobs" / "0" / "field")
+    for points, every, side in ((25, 2, 5), (1000, 1, 12)):
+        settings = SpectrumRunConfig(points=points)
+        (first, last), _ = run_looks(read_fit_run(tmp_path / "jobs" / "0"), settings, CPU)
+        place = -1 + 2 / 11 * every * torch.arange(side)
+        torch.testing.assert_close(last.kernel, kernel(field, torch.cartesian_prod(place, place)))
+        again = first_look(model.config, model.frame, model.channels, settings, seed=model.seed)
+        torch.testing.assert_close(again.kernel, first.kernel)
+
+
+def test_a_run_that_is_not_defined_leaves_the_others(
+    grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second_alone(run: FitRun, *arguments: Any) -> Any:
+        if run.folder.name == "0":
+            raise NotDefinedError("there is nothing there")
+        return run_looks(run, *arguments)
+
+    monkeypatch.setattr(spectrum, "run_looks", second_alone)
+    runs = ["--run", f"{grid}/jobs/0", f"{grid}/jobs/1", "--out", str(tmp_path), "run.points=9", "run.device=cpu"]
+    assert main(runs) == 0
+    first, second = result(tmp_path)["runs"]
+    assert first["problem"] == "not defined: there is nothing there"
+    assert set(second["kernels"]) == {"at the beginning", "in the end"}
+    assert "not defined: there is nothing there" in check_page(tmp_path / "spectrum.html")
+
+
+def test_a_metric_that_fits_do_not_have(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--metric psnrr: there is none of this name; there are loss, psnr, error_se"):
+        main(["--models", "sine,relu", "--metric", "psnrr", "--out", str(tmp_path), *SMALL])
+    assert main(["--models", "sine,relu", "--metric", "loss", "--out", str(tmp_path), *SMALL]) == 0
+    assert list(result(tmp_path)["correlations"]) == ["loss"]
 
 
 def test_texts_of_models() -> None:

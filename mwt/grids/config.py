@@ -112,6 +112,8 @@ class ColumnConfig:
     """Where the number is, likewise, that it is divided by."""
     factor: float = 1.0
     decimals: int = 2
+    optional: bool = False
+    """Blank, and no failure, for runs that do not have the number."""
     average: bool = True
     """Show mean ± sd over seeds; else the mean alone (times, memory)."""
 

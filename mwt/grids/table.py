@@ -136,6 +136,8 @@ def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
                 if stage is None:
                     continue
                 number = measure(column, file, chain[stage], jobs)
+                if number is None and column.optional:
+                    continue
                 if number is None:
                     problems.append(f"seed {seed}: no {column.path} in {chain[stage].id}/{file}")
                     outcomes[seed] = "failed"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
-from mwt.signals.pictures import write_picture
+from mwt.signals.pictures import psnr, write_picture
 from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
 LSD_WINDOW = 2048
@@ -159,9 +159,10 @@ def log_spectral_distance(shown: Float[Tensor, "*B T"], truth: Float[Tensor, "*B
 
 
 def sound_metrics(shown: Float[Tensor, "N T C"], truth: Float[Tensor, "N T C"]) -> dict[str, Float[Tensor, " N"]]:
-    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means) and, of 2,048 samples or more, the LSD.
+    """SNR and SI-SNR in dB (torchmetrics; SI-SNR after removing means), of 2,048 samples or more the LSD, and the PSNR.
 
-    Means over those channels that are not silent: nothing is a share of silence.
+    The first three are means over those channels that are not silent: nothing is a share of silence. The PSNR is that
+    of amplitudes in [-1, 1], a range of 2; what is shown is clamped to it.
     """
     from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio, signal_noise_ratio
 
@@ -170,9 +171,8 @@ def sound_metrics(shown: Float[Tensor, "N T C"], truth: Float[Tensor, "N T C"]) 
     if truth.shape[1] >= LSD_WINDOW:
         each["lsd"] = log_spectral_distance(*pair)
     sounding = (truth != 0).any(1)  # [N, C]
-    return {
-        name: (torch.where(sounding, values, 0.0).sum(-1) / sounding.sum(-1)).float() for name, values in each.items()
-    }
+    means = {name: torch.where(sounding, values, 0.0).sum(-1) / sounding.sum(-1) for name, values in each.items()}
+    return {name: mean.float() for name, mean in means.items()} | {"psnr": psnr((pair[0] + 1) / 2, (pair[1] + 1) / 2)}
 
 
 BINS = 512
@@ -270,6 +270,10 @@ class AudioTask(Task):
         if index is not None:
             coords, values = coords[index], values[:, index]
         return (predict(fields, coords) - values).square().mean((-2, -1))
+
+    def residual(self, fields: Field) -> Float[Tensor, "N T C"]:
+        """At all samples."""
+        return show(fields, self.coords) - self.truth
 
     def evaluate(self, fields: Field) -> Evaluation:
         """Metrics, and the spectrogram of the first sound."""

@@ -116,6 +116,11 @@ class ImageTask(Task):
         coords = self.coords if size is None else self.frame.grid(size, device=self.coords.device)
         return self.frame.to_data(show(fields, coords)).unflatten(1, size or self.truth.shape[1:3])
 
+    def residual(self, fields: Field) -> Float[Tensor, "N P C"]:
+        """Against the pictures themselves, not against what was measured of them."""
+        shown = self.frame.to_values(self.reconstruct(fields)) - self.frame.to_values(self.truth)
+        return shown.flatten(1, 2)
+
     def judge(self, shown: Float[Tensor, "N h w C"]) -> dict[str, Float[Tensor, " N"]]:
         """PSNR and SSIM over the whole picture."""
         metrics = {"psnr": psnr(shown.flatten(1, 2), self.truth.flatten(1, 2))}

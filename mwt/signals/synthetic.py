@@ -149,9 +149,9 @@ class SampledTask(Task):
         index = self.seen if index is None else self.seen[index]
         return (predict(fields, self.coords[index]) - self.values[:, index]).square().mean((-2, -1))
 
-    def residual(self, fields: Field) -> Float[Tensor, "P C"]:
-        """What the field shows less what is there, at all samples, in the field's range."""
-        return (show(fields, self.coords) - self.values)[0]
+    def residual(self, fields: Field) -> Float[Tensor, "1 P C"]:
+        """At all samples, those held out too."""
+        return show(fields, self.coords) - self.values
 
     def evaluate(self, fields: Field) -> Evaluation:
         """PSNR at all samples, and at those held out where there are some."""

@@ -136,6 +136,11 @@ class Task(ABC):
     def write(self, fields: Field, folder: Path) -> list[Path]:
         """Write the reconstructions, and the error maps where there are some; returns the files."""
 
+    def residual(self, fields: Field) -> Float[Tensor, "N P C"] | None:
+        """What the fields show less what is there, at the samples of `frame`, in the fields' range, whatever the fit
+        saw of it; None for a signal that is not samples on a grid."""
+        return None
+
     def baselines(self) -> dict[str, dict[str, float]]:
         """Metrics (means over the signals) of simple methods on the same data, by name."""
         return {}

@@ -96,6 +96,10 @@ class VideoTask(Task):
         coords, values = (self.coords, self.values) if index is None else (self.coords[index], self.values[index])
         return (predict(fields, coords) - values).square().mean((-2, -1))
 
+    def residual(self, fields: Field) -> Float[Tensor, "N P C"]:
+        """At the pixels of all frames."""
+        return show(fields, self.coords) - self.values
+
     def reconstruct(self, fields: Field) -> Float[Tensor, "T h w C"]:
         """The frames that the field shows, not clamped."""
         return self.frame.to_data(show(fields, self.coords))[0].unflatten(0, self.truth.shape[:3])

@@ -16,7 +16,6 @@ from mwt.fields import (
     FieldConfig,
     Frame,
     build_field,
-    evaluate,
     list_activations,
     list_encodings,
     list_fields,
@@ -26,8 +25,9 @@ from mwt.fields.registry import field_block
 from mwt.fit_run import FitRun, is_finished, read_fit_run
 from mwt.ntk import energy_by_frequency
 from mwt.signals import TASKS, signal_paths
+from mwt.signals.task import Task
 from mwt.spectra.config import SpectrumConfig, SpectrumRunConfig
-from mwt.spectra.study import Look, coarse_size, look
+from mwt.spectra.study import Look, coarse_grid, look
 
 KINDS = {"kan": "kan.basis", "mfn": "mfn.filter"}
 """What the word after the colon sets, in `kan:fourier` and `mfn:gabor`."""
@@ -102,11 +102,12 @@ def label(config: FieldConfig) -> str:
 def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) -> tuple[list[Look], dict[int, Tensor]]:
     """The kernels of a run's field at its beginning and in the end, and where its residual's energy lies then.
 
-    Kernels are taken at a coarse grid of the signal's frame, the residual at all samples; that of signals which are not
-    samples on a grid, and of several at once, is left out.
+    Kernels are taken at a coarse grid of the signal's frame, the residual (`Task.residual`) at all samples; that of
+    signals which are not samples on a grid is left out.
 
     Raises:
-        InputError: several signals at once, or a field without a kernel.
+        InputError: several signals at once, a field without a kernel, or a signal that is not what it was.
+        NotDefinedError: a field that has no value where it is looked at.
         TrainingError: a kernel that is not finite.
     """
     trained, frame = load_field(run.folder / "field")
@@ -114,29 +115,23 @@ def run_looks(run: FitRun, settings: SpectrumRunConfig, device: torch.device) ->
         raise InputError(f"{run.folder} holds {trained.copies} fields; a kernel is that of one.")
     dims, channels, seed = trained.coordinate_dims, trained.channels, run.config.run.seed
     fresh = build_field(run.config.field, coordinate_dims=dims, channels=channels, seed=seed, frame=frame)
-    size = coarse_size(frame.coordinate_dims, settings.points)
-    coords, signal = frame.grid(size, device=device), _samples(run, frame, device)
+    coords, size = coarse_grid(trained, frame, settings.points, device)
+    task = _task(run, device)
     looks, energy = [], {}
     for step, fields in ((0, fresh), (run.config.optim.steps, trained)):
         fields.to(device)
         looks.append(look(fields, coords, size, None, step=step, memory=settings.memory))
-        if signal is not None:
-            points, values = signal
-            energy[step] = energy_by_frequency(evaluate(fields, points) - values, tuple(frame.size or ())).cpu()
+        residual = task.residual(fields)
+        if residual is not None:
+            energy[step] = energy_by_frequency(residual[0], frame.size or ()).cpu()
     return looks, energy
 
 
-def _samples(run: FitRun, frame: Frame, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Coordinates and values of the run's signal, where it is samples on a grid."""
+def _task(run: FitRun, device: torch.device) -> Task:
+    """The run's signal, read again."""
     kind, options = TASKS[run.config.task], dict(run.config.signal)
     paths = signal_paths(str(options.pop("path")), kind)
-    task = kind(paths, read_options(kind.Options, options, f"{run.folder}, signal"), device)
-    coords, values = getattr(task, "coords", None), getattr(task, "values", None)
-    if not isinstance(coords, Tensor) or not isinstance(values, Tensor) or frame.size is None:
-        return None
-    if len(values) != 1 or values.shape[1] != len(coords) or len(coords) != torch.Size(frame.size).numel():
-        return None
-    return coords, values[0]
+    return kind(paths, read_options(kind.Options, options, f"{run.folder}, signal"), device)
 
 
 # ---- grids of eval.grid ----------------------------------------------------------------------------------------------

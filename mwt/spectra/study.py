@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mwt import ntk
 from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import Field, FieldConfig, Frame, build_field
+from mwt.fields.registry import ON_SAMPLES
 from mwt.fit_config import FitOptimConfig
 from mwt.fitting import SignalFit, evaluation_steps, fields_for
 from mwt.signals import signal_paths, synthetic
@@ -217,7 +218,7 @@ def study(
     looking = {recorded[max(place, 0)] for place in places}
 
     def record() -> None:
-        residual = task.residual(fields)
+        [residual] = task.residual(fields)
         if fit.step in looking or (fit.step == 0 and run.looks):
             result.looks.append(look(fields, task.coords, task.size, residual, step=fit.step, memory=run.memory))
         error = ntk.power_by_frequency(residual, task.size).sum(1)
@@ -279,18 +280,30 @@ def correlations(summaries: Sequence[dict[str, float]], metric: Sequence[float])
     return rows
 
 
-def coarse_size(dims: int, points: int) -> tuple[int, ...]:
-    """A grid of about so many points, equal along each axis."""
-    return (max(2, round(points ** (1 / dims))),) * dims
+def coarse_grid(
+    fields: Field, frame: Frame, points: int, device: torch.device | None = None
+) -> tuple[Float[Tensor, "P D"], tuple[int, ...]]:
+    """Coordinates of about so many points over a frame, equally many along each axis, and how many that are.
+
+    A field that is defined on samples alone is asked at some of them: every k-th, and never at one twice.
+    """
+    sides = (max(2, round(points ** (1 / frame.coordinate_dims))),) * frame.coordinate_dims
+    if fields.config.name not in ON_SAMPLES or frame.size is None:
+        return frame.grid(sides, device=device), sides
+    sides = tuple(min(side, samples) for side, samples in zip(sides, frame.size, strict=True))
+    grid = frame.grid(device=device).unflatten(0, frame.size)
+    for axis, (side, samples) in enumerate(zip(sides, frame.size, strict=True)):
+        grid = grid.index_select(axis, torch.arange(side, device=device) * (samples // side))
+    return grid.flatten(0, -2), sides
 
 
 def first_look(config: FieldConfig, frame: Frame, channels: int, run: SpectrumRunConfig, *, seed: int) -> Look:
     """The kernel of a fresh field at a coarse grid of a signal's frame.
 
     Raises:
-        InputError: a field without a kernel.
+        InputError: a field without a kernel, or that is not defined there.
         TrainingError: a kernel that is not finite.
     """
-    fields = build_field(config, coordinate_dims=frame.coordinate_dims, channels=channels, seed=seed)
-    size = coarse_size(frame.coordinate_dims, run.points)
-    return look(fields, frame.grid(size), size, None, step=0, memory=run.memory)
+    fields = build_field(config, coordinate_dims=frame.coordinate_dims, channels=channels, seed=seed, frame=frame)
+    coords, size = coarse_grid(fields, frame, run.points)
+    return look(fields, coords, size, None, step=0, memory=run.memory)
