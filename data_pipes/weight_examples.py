@@ -34,6 +34,11 @@ class Part:
     def _images(self, config: WeightsConfig) -> Tensor:
         """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
         path = config.data.images or str(self.set.manifest.source.get("path", ""))
+        if not path:
+            raise InputError(
+                f"reader.name={config.reader.name} reads images, and {self.set.path} does not say which its networks "
+                "were fitted to; name their data set with data.images."
+            )
         source = open_split(path, self.split, device=self.device, reader="resident")
         found, labels = [], []
         for batch in source.batches(batch_size=1024):

@@ -13,7 +13,7 @@ from mwt.config_checks import require
 class WeightsDataConfig:
     """Which networks, and how they are read. Layout, classes and statistics come with the set."""
 
-    path: str = "runs/digits/weights"
+    path: str = "runs/quickstart/weights"
     """A set of fitted networks, as `eval.export` and `train.fit_set` make them."""
     values: Literal["phi", "delta"] | None = None
     """phi: whole networks. delta: what differs from the base that they began with. null: as the set holds them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.digits_weights import write_digits
 from train.weights import build, main, make_augmentation
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 SMALL_INR2VEC = (
     "reader.name=inr2vec", "reader.options.width=8", "reader.options.code=16", "reader.options.decoder_width=8",
     "optim.pretrain_epochs=2", "optim.epochs=2", "data.batch_size=32", "run.log_every=3",
@@ -147,6 +149,12 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_p
     facts = read_info("builtin:digits").facts
     image = Sample(extension="png", data=encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), label=0)
     write_dataset(other, name="o", facts=facts, licence="", splits={"test": [image] * 40})
+    unknown = tmp_path / "unknown"
+    shutil.copytree(networks, unknown)
+    manifest = json.loads((unknown / "manifest.json").read_text())
+    (unknown / "manifest.json").write_text(json.dumps({**manifest, "source": {}}))
+    with pytest.raises(InputError, match="does not say which its networks were fitted to; .* data.images"):
+        Part(configured(unknown, "reader.name=pixel_cnn"), "test", CPU, images=True)
     with pytest.raises(InputError, match="have other labels in 'test'"):
         Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
 
@@ -192,6 +200,8 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
     [
         (("data.path=/nowhere",), "No set of fitted networks at /nowhere"),
         (("data.train_split=nosuch",), "has no split 'nosuch'"),
+        (("data.test_split=val",), "has no split 'val'; it has train, test"),
+        (("reader.name=wt", "reader.head_dim=48"), "is 64 wide, .*reader.head_dim, 48.*; set reader.head_dim=32,"),
         (("reader.name=nosuch",), "reader.name is 'nosuch'; there are"),
         (("reader.name=mlp", "optim.pretrain_epochs=1"), "has no first phase; set optim.pretrain_epochs=0"),
         (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
@@ -294,7 +304,7 @@ def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path
         training._flush()
 
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "weights").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs" / "weights").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -304,6 +314,9 @@ def test_every_config_makes_a_reader_of_its_size(path: Path, networks: Path) -> 
     assert f"--config configs/weights/{path.name}" in text
     assert all(f"# {what}:" in text for what in ("Data", "Paper", "Time"))
     assert config.run.dir == f"runs/weights_{path.stem}"
+    [quickstart] = re.findall(r"^RUN \?= (\S+)", (ROOT / "Makefile").read_text(), re.M)
+    made = load_config(WeightsConfig, path).data.path
+    assert f"# Data:    python -m eval.export --run {quickstart} --out {made} " in text
     assert path.stem in ("digits", config.reader.name)
     training = build(config, CPU)
     assert sum(p.numel() for p in training.reader.parameters()) <= 300_000

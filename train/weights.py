@@ -124,6 +124,7 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     """Networks, reader, optimizer and schedule, everything at its beginning."""
     data, images = config.data, config.reader.name == "pixel_cnn"
     part = Part(config, data.train_split, device, images=images)
+    part.set.manifest.split(data.test_split)  # after the training it would be too late
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     reader = make_reader(config.reader, layout=part.set.layout, classes=len(part.set.classes)).to(device)
     if config.optim.pretrain_epochs and not reader.pretrains:
