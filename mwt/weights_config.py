@@ -45,6 +45,8 @@ class WeightsOptimConfig:
     epochs: int = 100
     lr: float = 1e-3
     weight_decay: float = 5e-4
+    amsgrad: bool = False
+    """Divide by the largest second moment so far (Reddi et al. 2018), as DWSNets and neural-graphs were trained."""
     schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
     """As of train.classify; over each phase by itself."""
     warmup: float = 0.05

@@ -159,6 +159,40 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_p
         Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
 
 
+def test_what_does_not_fit_into_memory_is_read_as_needed(
+    networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = ("reader.name=mlp", "reader.input=standardise", "data.values=phi", "optim.epochs=2", "data.holdout=0.25")
+    assert run(networks, tmp_path / "kept", *options) == 0
+    said = capsys.readouterr().out
+    size = 128 * load_weight_set(networks).manifest.network_bytes
+    assert f"memory    {size / 1e6:.1f} MB of networks kept in memory, " in said
+    monkeypatch.setattr("data_pipes.weight_examples.available", lambda device: 2 * 40 * size // 128 - 1)
+    monkeypatch.setattr("data_pipes.weights.WeightSet.resident", None)  # whoever calls it fails
+    assert run(networks, tmp_path / "mapped", *options) == 0
+    assert "are more than 50% of the memory that is left: read from their files as needed" in capsys.readouterr().out
+    ours, theirs = (json.loads((tmp_path / name / "eval" / "classify.json").read_text()) for name in ("mapped", "kept"))
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert ours["confusion"] == theirs["confusion"]
+    assert 0 < ours["peak_memory_gb"] < 4
+
+
+def test_the_peak_of_memory_is_that_of_this_program(networks: Path, tmp_path: Path) -> None:
+    """A reader of 40 million parameters: they, gradients and two moments are 640 MB."""
+    options = ("reader.options.width=3000", "reader.options.depth=1", "data.batch_size=8", "data.limit=8")
+    assert run(networks, tmp_path / "run", "reader.name=mlp", *options, "optim.epochs=1") == 0
+    numbers = json.loads((tmp_path / "run" / "eval" / "classify.json").read_text())
+    assert 16 * numbers["parameters"] / 1e9 < numbers["peak_memory_gb"] < 16 * numbers["parameters"] / 1e9 + 0.6
+
+
+def test_amsgrad_is_torch_s(networks: Path) -> None:
+    for chosen in (False, True):
+        training = build(configured(networks, "reader.name=linear", f"optim.amsgrad={chosen}"), CPU)
+        training._train_step(torch.arange(64))
+        state = training.optimizer.state[training.reader.get_parameter("logits.weight")]
+        assert ("max_exp_avg_sq" in state) == chosen
+
+
 def test_copies_of_a_signal_are_held_out_together(tmp_path: Path) -> None:
     out = write_digits(tmp_path / "set", {"train": 20, "test": 4}, copies=2)
     config = configured(out, "data.holdout=0.25")

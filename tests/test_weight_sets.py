@@ -24,6 +24,7 @@ from data_pipes.weight_moments import Moments
 from data_pipes.weight_write import ShardTask, WeightSetWriter
 from data_pipes.weights import load_weight_set
 from mwt.errors import InputError
+from mwt.memory import LiveTensors
 from mwt.structs import SignalFacts
 from mwt.weight_space import Layout, Weights
 
@@ -156,6 +157,27 @@ def test_resident_and_mapped_are_one(folder: Path) -> None:
     assert len(mapped.batch([]).labels) == 0
     with pytest.raises(IndexError):
         mapped.batch([11])
+
+
+def test_a_split_is_kept_without_a_second_copy(tmp_path: Path) -> None:
+    """As torch counts what is alive: the split, a piece of it, and no more."""
+    description = describe(layout=replace(SHARED, sizes=(2, 50, 40, 3)))
+    networks, pieces = 1100, 256
+    with WeightSetWriter(tmp_path / "set", description, {"train": networks}, base=network(description.layout, 1)) as w:
+        [task] = w.missing()
+        index = torch.arange(networks)
+        with w.shard(task) as shard:
+            shard.add(network(description.layout, 2, networks), labels=index % 3, index=index, psnr=index.float(),
+                      losses=torch.zeros(networks, STEPS + 1))  # fmt: skip
+        w.finish()
+    found = load_weight_set(tmp_path / "set", "train")
+    found.batch([0])  # the shard is mapped now, which would count
+    with LiveTensors() as alive:
+        kept = found.resident("cpu")
+    nbytes = found.resident_bytes
+    assert nbytes == networks * description.network_bytes
+    assert 0.95 * nbytes < alive.peak < (1 + 3 * pieces / networks) * nbytes < 2 * nbytes
+    assert torch.equal(kept.batch(range(9)).weights.flat(), found.batch(range(9)).weights.flat())
 
 
 def test_it_goes_through_a_data_loader_and_through_pickle(folder: Path) -> None:
