@@ -52,7 +52,8 @@ class Need:
         free = shutil.disk_usage(folder).free
         if self.bytes > free:
             raise InputError(
-                f"{out} needs {readable(self.bytes)}, but its disk has only {readable(free)} free; choose another --out."
+                f"{out} needs {readable(self.bytes)}, but its disk has only {readable(free)} free; choose another "
+                "--out."
             )
         if hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files and self.files > disk.f_favail:
             raise InputError(

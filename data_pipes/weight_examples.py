@@ -18,7 +18,6 @@ from mwt.rng import permutation
 from mwt.weight_space import Weights
 from mwt.weights_config import WeightsConfig
 
-
 SHARE = 0.5
 """Of the memory that is left, what a split may take: the training needs some too."""
 

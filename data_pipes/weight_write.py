@@ -177,8 +177,8 @@ class WeightSetWriter:
         free, need = shutil.disk_usage(self._partial).free, self.bytes_needed
         if need > free:
             raise InputError(
-                f"{self.out} needs {readable(need)}, but its disk has only {readable(free)} free. Choose another place, fewer "
-                "copies or splits, or fp16."
+                f"{self.out} needs {readable(need)}, but its disk has only {readable(free)} free. Choose another "
+                "place, fewer copies or splits, or fp16."
             )
 
     def missing(self, *, rank: int = 0, world: int = 1) -> list[ShardTask]:

@@ -778,7 +778,7 @@ def test_other_grids_are_accepted_by_their_programs(path: Path) -> None:
     for scale in grid.scales:
         cells = expand(grid, path, scale, seeds=[0])  # others have the same words but for the seed
         jobs = {job.id: job for cell in cells for chain in cell.jobs.values() for job in chain.values()}
-        assert len(jobs) >= len(cells)
+        assert scale == "tiny" or len(jobs) >= len(cells)  # data sets may have one stand-in
         fields = {tuple(word for word in job.words if word.startswith(("field.", "configs"))): job
                   for job in jobs.values() if job.program == "train.fit"}  # fmt: skip
         for job in fields.values():  # settings that go together are known when a field is made: no omega for ReLU
@@ -895,15 +895,17 @@ def test_table_1_has_the_published_readers_on_all_three_data_sets() -> None:
         assert round(config.data.holdout * {"cifar10": 50_000}.get(key, 60_000)) == 5000
         channels = 3 if key == "cifar10" else 1
         layout = Layout(sizes=(2, 32, 32, channels), omegas=(30.0, 30.0), shared_output=False)
-        reader = make_reader(config.reader, layout=layout, classes=10)
         if (data, cell.label) in sizes:
+            reader = make_reader(config.reader, layout=layout, classes=10)
             assert sum(p.numel() for p in reader.parameters()) == sizes[data, cell.label]
         if cell.label in ("NFN_NP", "NFN_HNP"):
             steps = config.optim.epochs * (50_000 if key == "cifar10" else 60_000) * (1 - config.data.holdout) / 32
             assert steps == pytest.approx(200_000, rel=5e-3)
             assert config.optim.warmup * 200_000 == 10_000
     assert len({cell.jobs[0]["random"].id for cell in cells if "random" in cell.jobs[0]}) == 3
-    by_name = {(cell.group.split(",")[0], cell.label): weights_settings(cell) for cell in cells if "read" in cell.jobs[0]}
+    by_name = {
+        (cell.group.split(",")[0], cell.label): weights_settings(cell) for cell in cells if "read" in cell.jobs[0]
+    }
     dws = by_name["MNIST", "DWS"]
     assert (dws.optim.amsgrad, dws.optim.lr, dws.data.batch_size, dws.optim.epochs) == (True, 5e-3, 512, 100)
     graph = by_name["CIFAR-10", "ScaleGMN-B"]

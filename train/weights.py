@@ -220,9 +220,7 @@ def check_fits(reader: Reader, networks: WeightSet) -> None:
         )
 
 
-def evaluate(
-    config: WeightsConfig, device: torch.device, trained: WeightsConfig, memory: PeakMemory
-) -> dict[str, Any]:
+def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig, memory: PeakMemory) -> dict[str, Any]:
     """Read the test split with the best checkpoint, and write what came of it.
 
     Args:
