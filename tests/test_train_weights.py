@@ -153,7 +153,7 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_p
     shutil.copytree(networks, unknown)
     manifest = json.loads((unknown / "manifest.json").read_text())
     (unknown / "manifest.json").write_text(json.dumps({**manifest, "source": {}}))
-    with pytest.raises(InputError, match="does not say which its networks were fitted to; .* data.images"):
+    with pytest.raises(InputError, match=r"does not say which its networks were fitted to; .* data\.images"):
         Part(configured(unknown, "reader.name=pixel_cnn"), "test", CPU, images=True)
     with pytest.raises(InputError, match="have other labels in 'test'"):
         Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
