@@ -878,7 +878,9 @@ def test_table_1_has_the_published_readers_on_all_three_data_sets() -> None:
         "CIFAR-10": [11.38, None, 34.45, 33.41, 28.64, 36.04, 36.43, 38.82, 43.78, 56.90, 59.57],
     }
     cells = cells_of("table1", "paper")
-    assert [(cell.paper["accuracy"] or (None, None))[0] for cell in cells] == [x for row in figures.values() for x in row]
+    assert [(cell.paper["accuracy"] or (None, None))[0] for cell in cells] == [
+        x for row in figures.values() for x in row
+    ]
     columns = load_grid(GRIDS / "table1.yaml").columns
     assert {"accuracy", "parameters", "time", "memory"} <= set(columns)
     sizes = {("MNIST", "DWS"): 552_650, ("MNIST", "NG-GNN"): 92_010, ("MNIST", "ScaleGMN"): 1_772_042}
