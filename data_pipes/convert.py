@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_pipes.processes import available_cores
 from data_pipes.weight_manifest import DTYPES
 from data_pipes.weight_write import WeightSetWriter
 from mwt.errors import InputError
+from mwt.memory import readable
 from mwt.runtime import run_program, write_json
 
 _ENOUGH, _MAX_WORKERS = 5000, 16
@@ -109,12 +111,8 @@ def announce(writer: ForeignWriter) -> None:
         return
     begun = "; some are there already" if len(writer.missing()) < len(planned.pieces) else ""
     free = shutil.disk_usage(planned.out.parent).free
-    print(f"disk        {_size(writer.need.bytes)} needed in {writer.need.files:,} files, {_size(free)} free")
+    print(f"disk        {readable(writer.need.bytes)} needed in {writer.need.files:,} files, {readable(free)} free")
     print(f"out         {planned.out}{begun}", flush=True)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def relocate(root: Path) -> int:
@@ -166,11 +164,12 @@ def take_in(arguments: argparse.Namespace) -> None:
         if writer.complete:
             print(f"out       {writer.out} is complete already; nothing to do")
         else:
-            print(f"disk      {_size(writer.bytes_needed)} needed")
+            print(f"disk      {readable(writer.bytes_needed)} needed")
         missing = sum(task.count for task in writer.missing())
         with tqdm(total=missing, unit="network", dynamic_ncols=True, disable=None) as bar:
             write_tree(tree, writer, arguments.origin, bar.update)
-        writer.finish()
+        if said := writer.finish().left_out:
+            print(f"warning: {said}", file=sys.stderr)
         print(f"\nWritten: {writer.out}\nCheck it with:  python -m data_pipes.verify {writer.out}")
 
 

@@ -7,6 +7,7 @@ Two conventions say what such a network draws:
 
     nfn   coordinates (row, column), values in [-1, 1]: what nfn's own SIRENs do, and ours
     dws   coordinates (column, row); values in [0, 1], 0.5 being added to the output: DWSNets, neural-graphs, ScaleGMN
+          (but for CIFAR-10, whose networks are nfn's)
 
 From one to the other the two columns of the first matrix change places, and the output layer is halved. Both are
 linear in the weights, so that differences of weights, means and (as all factors are positive) deviations go the same
@@ -53,7 +54,8 @@ FORMATS: dict[str, Format] = {
     "nfn": Format(convention="nfn", tree=True, label_in_path=True),
     "dws": Format(convention="dws", tree=True),
     "neural-graphs": Format(convention="dws", tree=True),
-    "scalegmn": Format(convention="dws", tree=True, label_in_path=True),
+    "scalegmn": Format(convention="dws", tree=True),
+    "scalegmn-cifar": Format(convention="nfn", tree=True, label_in_path=True),
     "scalegmn-fmnist": Format(convention="dws", tree=True),
     "arena-hdf5": Format(convention="nfn", tree=False),
     "npz": Format(convention="nfn", tree=False),

@@ -27,6 +27,7 @@ from data_pipes.weight_manifest import BASE_FILE, layer_tensors, read_manifest, 
 from data_pipes.weight_moments import layer_scalars
 from data_pipes.weights import WeightBatch, load_weight_set
 from mwt.errors import InputError
+from mwt.memory import readable
 from mwt.runtime import write_json, write_text
 from mwt.weight_space import Layout, Weights
 
@@ -51,8 +52,8 @@ class Need:
         free = shutil.disk_usage(folder).free
         if self.bytes > free:
             raise InputError(
-                f"{out} needs {self.bytes / 1e9:.3g} GB, but its disk has only {free / 1e9:.3g} GB free; choose "
-                "another --out."
+                f"{out} needs {readable(self.bytes)}, but its disk has only {readable(free)} free; choose another "
+                "--out."
             )
         if hasattr(os, "statvfs") and (disk := os.statvfs(folder)).f_files and self.files > disk.f_favail:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,16 +141,26 @@ def plan(
     return plans
 
 
+def check_val(val: int, counts: Mapping[str, int], train_split: str) -> None:
+    """Whether `val` of so many signals of the training split can become the val split; 0: none are to.
+
+    Raises:
+        InputError: there is a val split, or there are not so many.
+    """
+    if not val:
+        return
+    if "val" in counts:
+        raise InputError(f"--val {val} makes a val split of the training split, but the set has one already.")
+    if not 0 < val < (count := counts.get(train_split, 0)):
+        raise InputError(f"--val is {val}; it must be positive and less than the {count} training signals.")
+
+
 def _hold_out(sets: dict[str, WeightSet], val: int) -> tuple[set[int], tuple[int, ...] | None]:
     """Positions of the training signals that become val, and places of the networks of all others (None: of all)."""
     if not val:
         return set(), None
-    if "val" in sets:
-        raise InputError(f"--val {val} makes a val split of the training split, but the set has one already.")
-    count = len(set(sets["train"].column("index").tolist())) if "train" in sets else 0
-    if not 0 < val < count:
-        raise InputError(f"--val is {val}; it must be positive and less than the {count} training signals.")
-    index = sets["train"].column("index").tolist()
+    index = sets["train"].column("index").tolist() if "train" in sets else []
+    check_val(val, {name: len(set(index)) if name == "train" else 0 for name in sets}, "train")
     held_out = set(sorted(set(index))[-val:])
     return held_out, tuple(place for place, position in enumerate(index) if position not in held_out)
 

@@ -157,6 +157,8 @@ def verify_weight_set(path: str, data: str | None) -> None:
         print(f"{name:<8}{split_info.count:>10}{len(split_info.shards):>8}{len(report.faults):>8}"
               f"{report.duplicates:>12}{report.drawn:>7}{within:>15}")  # fmt: skip
     print(f"{about} {manifest.values} in {manifest.dtype}, tolerance {PSNR_TOLERANCE[manifest.dtype]:g} dB.")
+    if manifest.left_out:
+        print(manifest.left_out)
     _conclude(faults, manifest.folder)
 
 

@@ -11,11 +11,15 @@ from data_pipes.read import open_split
 from data_pipes.weight_moments import Moments
 from data_pipes.weights import WeightSet, load_weight_set
 from mwt.errors import InputError
+from mwt.memory import available, readable
 from mwt.observe import pixels
 from mwt.reader_training import Examples, Sample
 from mwt.rng import permutation
 from mwt.weight_space import Weights
 from mwt.weights_config import WeightsConfig
+
+SHARE = 0.5
+"""Of the memory that is left, what a split may take: the training needs some too."""
 
 
 class Part:
@@ -27,13 +31,31 @@ class Part:
         Args:
             images: the reader reads what the networks were fitted to.
         """
-        self.set: WeightSet = load_weight_set(config.data.path, split, config.data.values).resident(device)
+        self.set: WeightSet = load_weight_set(config.data.path, split, config.data.values).mapped(device)
         self.split, self.device = split, device
+        need, room = self.set.resident_bytes, available(device)
+        self.held = f"{readable(need)} of networks"
+        """Where they are, in words."""
+        if images:
+            self.held += ", of which none is read"
+        elif room is None or need <= SHARE * room:
+            self.set = self.set.resident(device)
+            self.held += " kept in memory"
+        else:
+            self.held += f" are more than {SHARE:.0%} of the memory that is left: read from their files as needed"
+        if room is not None:
+            self.held += f", {readable(room)} available before"
         self.images = self._images(config) if images else None
+        self._labels, self._index = self.set.column("label"), self.set.column("index")
 
     def _images(self, config: WeightsConfig) -> Tensor:
         """The signals that the networks show, [n, C, h, w] in [-1, 1], by their place in the split."""
         path = config.data.images or str(self.set.manifest.source.get("path", ""))
+        if not path:
+            raise InputError(
+                f"reader.name={config.reader.name} reads images, and {self.set.path} does not say which its networks "
+                "were fitted to; name their data set with data.images."
+            )
         source = open_split(path, self.split, device=self.device, reader="resident")
         found, labels = [], []
         for batch in source.batches(batch_size=1024):
@@ -56,9 +78,11 @@ class Part:
 
     def read(self, places: Tensor, *, whole: bool = False) -> Sample:
         """The networks at places of the split; with `whole`, phi beside what is read."""
+        if self.images is not None:
+            places = places.to(self.device)
+            return Sample(self.images[self._index[places]], self._labels[places])
         batch = self.set.batch(places)
-        phi = self.phi(batch.weights) if whole else None
-        return Sample(batch.weights if self.images is None else self.images[batch.index], batch.labels, phi)
+        return Sample(batch.weights, batch.labels, self.phi(batch.weights) if whole else None)
 
     def phi(self, weights: Weights) -> Weights:
         """The whole networks."""
@@ -85,7 +109,7 @@ class Part:
 
     def examples(self, places: Tensor, *, name: str, whole: bool = False) -> Examples:
         """Some networks of the split."""
-        return Examples(name=name, places=places, read=partial(self.read, whole=whole))
+        return Examples(name=name, places=places, read=partial(self.read, whole=whole), held=self.held)
 
 
 def combine(x: Weights, y: Weights, sign: int) -> Weights:

@@ -127,6 +127,8 @@ class Manifest(Description):
     """Mean PSNR of each split in dB; null for point sets."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Signals of each split that could not be used."""
+    diverged: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of each split that has any, signal and copy of the networks that were not finite and so are not in the set."""
     package: dict[str, Any] = field(default_factory=dict)
     """Version and commit of the program that wrote it."""
     fingerprint: str = ""
@@ -141,6 +143,14 @@ class Manifest(Description):
         if name not in self.splits:
             raise InputError(f"{self.folder} has no split {name!r}; it has {', '.join(self.splits) or 'none'}.")
         return self.splits[name]
+
+    @property
+    def left_out(self) -> str | None:
+        """A sentence about the networks that diverged, if any did."""
+        if not self.diverged:
+            return None
+        counts = ", ".join(f"{len(lost):,} of {name!r}" for name, lost in self.diverged.items())
+        return f"Fits that diverged are not in the set: {counts} ({MANIFEST_FILE} lists them under `diverged`)."
 
 
 def is_weight_set(path: str | Path) -> bool:
@@ -202,6 +212,7 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
             "name", "values", "dtype", "has_base", "steps", "source", "fit", "train_split", "copies", "augment",
             "config", "statistics", "psnr", "skipped", "package", "fingerprint",
         )},
+        diverged=content.get("diverged", {}),
     )  # fmt: skip
 
 

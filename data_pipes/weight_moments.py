@@ -30,7 +30,7 @@ class Moments:
         """Of n rows."""
         if not len(rows):
             nothing = rows.new_zeros(rows.shape[1], dtype=torch.float64)
-            return Moments(count=0, mean=nothing, squares=nothing)
+            return Moments(count=0, mean=nothing, squares=nothing.clone())
         parts = []
         for columns in rows.split(max(1, _AT_ONCE // len(rows)), dim=1):
             exact = columns.double()

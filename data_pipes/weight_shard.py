@@ -43,6 +43,10 @@ class ShardTask:
         return (self.stop - self.start) * (1 + self.copies)
 
 
+FEW = 8
+"""So many networks of a shard may diverge without a question; of more of them, no more than half."""
+
+
 class OpenShard:
     """The networks of one shard, collected in memory. `WeightSetWriter.shard` makes it."""
 
@@ -50,6 +54,8 @@ class OpenShard:
         self.description, self.task = description, task
         self.skipped = 0
         """Signals of it that could not be used; whoever writes counts them here."""
+        self.diverged: list[tuple[int, int]] = []
+        """Signal and copy of the networks that are not finite, and so are not in the shard."""
         self._columns: dict[str, list[Tensor]] = {}
         self._keys: list[bytes] = []
         self._seen: set[tuple[int, int]] = set()
@@ -58,7 +64,7 @@ class OpenShard:
         self, weights: Weights, *, labels: Tensor, index: Tensor, psnr: Tensor, losses: Tensor, copy: int = 0,
         keys: Sequence[str] | None = None, steps: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Append B networks.
+        """Append B networks, those left out that are not finite in the precision of the set.
 
         Args:
             weights: [B, …], phi or delta as `description.values` says; a shared output layer may be left out or not.
@@ -71,7 +77,7 @@ class OpenShard:
             steps: [B], how many each took; for networks that were fitted independently.
 
         Raises:
-            InputError: a network that is not finite, or not in the precision of the set.
+            InputError: more than half of the shard's networks are not finite.
             ValueError: signals that do not belong to this shard, or twice; other shapes than described.
         """
         places = index.tolist()
@@ -88,20 +94,21 @@ class OpenShard:
             rows["steps"] = steps
         stored = self.description.stored_layers
         rows |= layer_tensors(Weights(weights.weights[:stored], weights.biases[:stored]))
+        ready, good = {}, torch.ones(len(places), dtype=torch.bool)
         for name, tensor in rows.items():
             kind, shape = self.description.columns[name]
             if tensor.shape != (len(places), *shape):
                 raise ValueError(f"{name} is {list(tensor.shape)}, not {[len(places), *shape]}")
-            ready = tensor.detach().to("cpu", kind).contiguous()
-            bad = ~ready.reshape(len(places), -1).isfinite().all(1)
-            if name not in self.description.unmeasured and name != "psnr" and bool(bad.any()):
-                place = places[int(bad.nonzero()[0])]
-                raise InputError(
-                    f"The network fitted to sample {place} of {self.task.split!r} (copy {copy}) has {name} that is not "
-                    f"finite in {self.description.dtype}; the fit diverged, or the numbers are too large for it."
-                )
-            self._columns.setdefault(name, []).append(ready)
-        self._keys += [key.encode() for key in keys] if keys is not None else [b""] * len(places)
+            ready[name] = tensor.detach().to("cpu", kind).contiguous()
+            if name not in self.description.unmeasured and name != "psnr":
+                good &= ready[name].reshape(len(places), -1).isfinite().all(1)
+        for name, column in ready.items():
+            self._columns.setdefault(name, []).append(column[good])
+        names = [key.encode() for key in keys] if keys is not None else [b""] * len(places)
+        self._keys += [name for name, fine in zip(names, good.tolist(), strict=True) if fine]
+        self.diverged += [(place, copy) for place, fine in zip(places, good.tolist(), strict=True) if not fine]
+        if len(self.diverged) > max(FEW, self.task.count // 2):
+            raise diverged(self.description, self.task.split, self.diverged, self.task.count)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was added, as the shard holds it.
@@ -109,8 +116,9 @@ class OpenShard:
         Raises:
             ValueError: networks are missing.
         """
-        if len(self._keys) + self.skipped * (1 + self.task.copies) != self.task.count:
-            raise ValueError(f"shard {self.task.name} has {len(self._keys)} networks of {self.task.count}")
+        found = len(self._keys) + len(self.diverged)
+        if found + self.skipped * (1 + self.task.copies) != self.task.count:
+            raise ValueError(f"shard {self.task.name} has {found} networks of {self.task.count}")
         empty = {name: torch.empty(0, *[size or 1 for size in shape], dtype=kind)
                  for name, (kind, shape) in self.description.columns.items()}  # fmt: skip
         joined = {name: torch.cat(parts) for name, parts in self._columns.items()}
@@ -120,6 +128,16 @@ class OpenShard:
             row[: len(key)] = torch.tensor(list(key), dtype=torch.uint8)
         tensors = {**empty, **joined, "key": keys}
         return {**tensors, "crc32": row_checksums(tensors)}
+
+
+def diverged(description: Description, split: str, lost: Sequence[Sequence[int]], count: int) -> InputError:
+    """What is said where there are too few networks left to be a set."""
+    place, copy = lost[0]
+    return InputError(
+        f"{len(lost)} of {count} networks of {split!r} (the first one fitted to sample {place}, copy {copy}) are not "
+        f"finite in {description.dtype}: the fits diverged, or their numbers are too large for it. Fit with a smaller "
+        "rate, or store them in fp32."
+    )
 
 
 def save_whole(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -45,9 +45,10 @@ from data_pipes.weight_manifest import (
     whole_statistics,
 )
 from data_pipes.weight_moments import Moments, layer_scalars
-from data_pipes.weight_shard import OpenShard, ShardTask, save_whole
+from data_pipes.weight_shard import OpenShard, ShardTask, diverged, save_whole
 from data_pipes.write import partial_folder, try_lock
 from mwt.errors import InputError
+from mwt.memory import readable
 from mwt.runtime import environment, sync, write_json
 from mwt.weight_space import Weights
 
@@ -100,6 +101,11 @@ class WeightSetWriter:
     def bytes_needed(self) -> int:
         """Room on the disk that the shards take which are not there yet."""
         return sum(task.count * self.description.network_bytes for task in self.tasks if self._note(task) is None)
+
+    @property
+    def room(self) -> str:
+        """What is needed on the disk, and what there is."""
+        return f"{readable(self.bytes_needed)} needed, {readable(shutil.disk_usage(self.out.parent).free)} free"
 
     def __enter__(self) -> WeightSetWriter:
         if self.out.exists() or self.out.is_symlink():
@@ -171,8 +177,8 @@ class WeightSetWriter:
         free, need = shutil.disk_usage(self._partial).free, self.bytes_needed
         if need > free:
             raise InputError(
-                f"{self.out} needs {need / 1e9:.3g} GB, but its disk has only {free / 1e9:.3g} GB free. Choose another "
-                "--out, fewer --copies or splits, or --dtype fp16."
+                f"{self.out} needs {readable(need)}, but its disk has only {readable(free)} free. Choose another "
+                "place, fewer copies or splits, or fp16."
             )
 
     def missing(self, *, rank: int = 0, world: int = 1) -> list[ShardTask]:
@@ -200,7 +206,8 @@ class WeightSetWriter:
     def _write(self, task: ShardTask, shard: OpenShard) -> None:
         tensors = shard.tensors()
         path = self._partial / _DATA / f"{task.name}.safetensors"
-        info = {"skipped": shard.skipped, "psnr": float(tensors["psnr"].double().sum()), **save_whole(path, tensors)}
+        lost = {"skipped": shard.skipped, "diverged": shard.diverged}
+        info = {**lost, "psnr": float(tensors["psnr"].double().sum()), **save_whole(path, tensors)}
         if task.split == self.train_split:
             layers = [tensor.flatten(1) for name, tensor in tensors.items() if name in self._flat_names]
             moments = Moments.of(torch.cat(layers, dim=1))
@@ -228,7 +235,8 @@ class WeightSetWriter:
         """Statistics and manifest; then the folder takes its name.
 
         Raises:
-            InputError: shards are missing, `out` was made by somebody else meanwhile, the disk is full.
+            InputError: shards are missing, more than half of a split diverged (nothing is kept then), `out` was made by
+                somebody else meanwhile, the disk is full.
         """
         if self.complete:
             return read_manifest(self.out)
@@ -238,6 +246,7 @@ class WeightSetWriter:
                 f"{len(lost)} shards of {self.out} are missing ({lost[0]} first); run the same command again."
             )
         notes = [(task, note) for task, note in noted if note is not None]
+        self._check_enough(notes)
         data = self._partial / _DATA
         try:
             for stray in set(data.iterdir()) - {data / f"{task.name}.safetensors" for task in self.tasks}:
@@ -258,6 +267,15 @@ class WeightSetWriter:
             raise _unwritable(self.out, error, kept=self._partial) from error
         shutil.rmtree(self._partial, ignore_errors=True)
         return read_manifest(self.out)
+
+    def _check_enough(self, notes: list[tuple[ShardTask, dict[str, Any]]]) -> None:
+        for split in {task.split for task in self.tasks}:
+            part = [note for task, note in notes if task.split == split]
+            lost = [pair for note in part for pair in note["diverged"]]
+            count = len(lost) + sum(note["count"] for note in part)
+            if len(lost) > count // 2:
+                shutil.rmtree(self._partial / _NOTES)  # it would be the same again
+                raise diverged(self.description, split, lost, count)
 
     def _statistics(self, notes: list[tuple[ShardTask, dict[str, Any]]]) -> dict[str, Any]:
         total: Moments | None = None
@@ -288,6 +306,7 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
     splits: dict[str, Any] = {}
     psnr: dict[str, float | None] = {}
     skipped: dict[str, int] = {}
+    lost: dict[str, list[list[int]]] = {}
     for split in dict.fromkeys(task.split for task, _ in notes):
         part = [(task, note) for task, note in notes if task.split == split]
         shards = tuple(
@@ -299,7 +318,9 @@ def _results(notes: list[tuple[ShardTask, dict[str, Any]]], description: Descrip
         mean = sum(note["psnr"] for _, note in part) / max(1, count)
         psnr[split] = None if "psnr" in description.unmeasured else mean
         skipped[split] = sum(note["skipped"] for _, note in part)
-    return {"splits": splits, "psnr": psnr, "skipped": skipped}
+        if pairs := [pair for _, note in part for pair in note["diverged"]]:
+            lost[split] = pairs
+    return {"splits": splits, "psnr": psnr, "skipped": skipped, "diverged": lost}
 
 
 def _unwritable(out: Path, error: OSError | SafetensorError, kept: Path | None = None) -> InputError:

@@ -4,7 +4,8 @@
     batch = weights.batch([3, 17, 4])                 WeightBatch: weights, labels, index, psnr, copies
     mean, std = weights.statistics()                  of the training split
 
-Shards are mapped into memory: only what is asked for is read. `weights.resident(device)` keeps a split in memory.
+Shards are mapped into memory: only what is asked for is read. `weights.resident(device)` keeps a split in memory,
+`weights.mapped(device)` reads it as asked for and brings that to a device.
 Writing them: `data_pipes.weight_write.WeightSetWriter`.
 """
 
@@ -70,6 +71,7 @@ class WeightSet(Dataset[tuple[Weights, int]]):
         self._first = torch.tensor(list(accumulate((shard.count for shard in self._shards), initial=0)))
         self._open: dict[int, dict[str, Tensor]] = {}
         self._resident: dict[str, Tensor] | None = None
+        self._device = torch.device("cpu")
         for shard in self._shards:
             _check_size(manifest.folder / shard.file, shard)
 
@@ -133,7 +135,8 @@ class WeightSet(Dataset[tuple[Weights, int]]):
             raise KeyError(name)
         if self._resident is not None:
             return self._resident[name]
-        return torch.cat([self._mapped(number)[name].clone() for number in range(len(self._shards))])
+        parts = [self._mapped(number)[name].clone() for number in range(len(self._shards))]
+        return torch.cat(parts).to(self._device)
 
     def keys(self) -> list[str]:
         """The names of the signals in the shards of the source data, in order; empty where they were not known."""
@@ -150,35 +153,42 @@ class WeightSet(Dataset[tuple[Weights, int]]):
         """
         file = self.path / STATISTICS_FILE
         mean, std = (read_networks(file, self.layout, suffix) for suffix in (".mean", ".std"))
-        device = self.base.weights[0].device if self.base is not None else self._device
-        mean, std = mean.map(lambda x: x.to(device)), std.map(lambda x: x.to(device))
+        mean, std = (x.map(lambda part: part.to(self._device)) for x in (mean, std))
         if self.values != self.manifest.values:
             stored = list(zip(*mean, strict=True))[: self.manifest.stored_layers]
             mean = networks(self.manifest, self.base, stored, self.values)
         return mean, std
 
+    @property
+    def resident_bytes(self) -> int:
+        """What `resident` takes of a device, about."""
+        return len(self) * self.manifest.network_bytes
+
     def resident(self, device: torch.device | str = "cpu") -> WeightSet:
         """The same split, read whole, checked once and kept on `device` in the precision in which it is stored."""
-        kept: dict[str, list[Tensor]] = {}
+        copy, kept = self.mapped(device), dict[str, Tensor]()
         for places in torch.arange(len(self)).split(_AT_ONCE):
-            for name, tensor in self._rows(places).items():
-                kept.setdefault(name, []).append(tensor)
+            for name, rows in self._rows(places).items():
+                if name not in kept:  # the whole at once: parts that are joined at the end would take twice as much
+                    kept[name] = torch.empty(len(self), *rows.shape[1:], dtype=rows.dtype, device=device)
+                kept[name][places[0] : places[-1] + 1] = rows
+        copy._resident = kept or {name: rows.to(device) for name, rows in self._rows(torch.arange(0)).items()}
+        return copy
+
+    def mapped(self, device: torch.device | str = "cpu") -> WeightSet:
+        """The same split, read from its shards as it is asked for, and that brought to `device`."""
         copy = WeightSet(self.manifest, self.split, self.values, check=self.check)
-        copy._resident = {name: torch.cat(parts).to(device) for name, parts in kept.items()}
+        copy._device = torch.device(device)
         if copy.base is not None:
             copy.base = copy.base.map(lambda x: x.to(device))
         return copy
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self._resident is None else self._resident["label"].device
 
     def _rows(self, wanted: Tensor) -> dict[str, Tensor]:
         """The tensors of the shards at these places, keys excepted."""
         if self._resident is not None:
             wanted = wanted.to(self._device)
             return {name: tensor.index_select(0, wanted) for name, tensor in self._resident.items()}
-        names = [name for name in self.manifest.columns if name not in ("key", "crc32")]
+        wanted, names = wanted.cpu(), [name for name in self.manifest.columns if name not in ("key", "crc32")]
         shards = torch.searchsorted(self._first, wanted, right=True) - 1
         rows: dict[str, Tensor] = {}
         for number in shards.unique().tolist():
@@ -195,7 +205,7 @@ class WeightSet(Dataset[tuple[Weights, int]]):
         if not rows:
             rows = {name: torch.empty(0, *shape, dtype=kind)  # type: ignore[arg-type]
                     for name, (kind, shape) in self.manifest.columns.items() if name in names}  # fmt: skip
-        return rows
+        return {name: tensor.to(self._device) for name, tensor in rows.items()}
 
     def _check(self, shard: int, numbers: Tensor, rows: dict[str, Tensor]) -> None:
         wrong = (row_checksums(rows) != rows["crc32"]).nonzero().flatten().tolist()

@@ -3,7 +3,7 @@
     python -m eval.export --run RUN --out DIR                          all splits, offsets from the base, fp32
     python -m eval.export --run RUN --out DIR --values phi --dtype fp16
     python -m eval.export --run RUN --out DIR --copies 4               and four augmented copies of each training image
-    python -m eval.export --run RUN --out DIR --format nfn             and the same as a tree for nfn's own loader
+    python -m eval.export --run RUN --out DIR --format nfn --val 5000  and the same as a tree for nfn's own loader
     python -m eval.export --run builtin:digits --out DIR               a model that comes with the package, or a folder
     accelerate launch --multi_gpu --num_processes 4 -m eval.export …   the same set, each process its own shards
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from data_pipes.augment import augment
 from data_pipes.convert import convert
 from data_pipes.foreign import FORMATS, check_format
-from data_pipes.foreign_plan import plan
+from data_pipes.foreign_plan import check_val, plan
 from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
 from data_pipes.weight_manifest import DTYPES, Description, Manifest, describe_source
@@ -45,6 +44,7 @@ from mwt.config_files import load_config
 from mwt.errors import InputError
 from mwt.evaluation import autocast, networks_psnr
 from mwt.inspection import TrainedRun, check_data_fits, open_trained
+from mwt.memory import readable
 from mwt.model import BUILTIN, MetaWeightTransformer
 from mwt.observe import observe
 from mwt.rng import derived_seed
@@ -62,8 +62,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder")
     parser.add_argument("--split", default="all", help="all, or one split of the data")
     parser.add_argument(
-        "--values", choices=("phi", "delta"), default="delta",
-        help="what is stored: weights, or differences from the base; readers convert either",
+        "--values", choices=("phi", "delta"),
+        help="what is stored: weights, or differences from the base (readers convert either); by default differences, "
+        "and weights in another --format",
     )  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--copies", type=int, default=0, metavar="N", help="augmented fits of each training signal")
@@ -77,6 +78,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of DIR; another than native is made of a weight set that stays in --native DIR",
     )  # fmt: skip
     parser.add_argument("--native", metavar="DIR", help="with --format: where that set lies (default: OUT-native)")
+    parser.add_argument(
+        "--val", type=int, default=0, metavar="N",
+        help="with --format: make the last N training networks the val split of DIR",
+    )  # fmt: skip
     parser.add_argument("--shard-mib", type=float, default=SHARD_BYTES / 2**20, help="size of a shard, about")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.* and run.* only")
     arguments = parser.parse_intermixed_args(argv)
@@ -86,6 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise InputError("--augment is for copies, and there are none; add --copies N.")
     if arguments.native and arguments.format == "native":
         raise InputError("--native is for another --format; the weight set itself is written to --out.")
+    if arguments.val and arguments.format == "native":
+        raise InputError("--val is for another --format; train.weights holds networks out itself (data.holdout).")
     if arguments.shard_mib <= 0:
         raise InputError(f"--shard-mib is {arguments.shard_mib}; it must be positive.")
     return arguments
@@ -155,7 +162,7 @@ def describe(run: TrainedRun, info: DatasetInfo, arguments: argparse.Namespace, 
         name=info.name,
         signal=info.facts,
         layout=networks_of(run).layout,
-        values=arguments.values,
+        values=arguments.values or "delta",
         dtype=arguments.dtype,
         has_base=True,
         steps=inner.steps,
@@ -281,26 +288,22 @@ def announce(run: TrainedRun, writer: WeightSetWriter, counts: dict[str, int], w
     if writer.complete:
         print(f"out       {writer.out} is complete already; nothing to do")
         return
-    free = shutil.disk_usage(writer.out.parent).free
-    print(f"disk      {size(writer.bytes_needed)} needed, {size(free)} free")
+    print(f"disk      {writer.room}")
     begun = f"; {len(writer.tasks) - left} are there already" if left < len(writer.tasks) else ""
     many = f", by {world} processes" if world > 1 else ""
     print(f"out       {writer.out}: {len(writer.tasks)} shards{many}{begun}", flush=True)
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def show(manifest: Manifest) -> None:
     """What has been written, as a table."""
     print(f"\n{'split':<8} {'networks':>9} {'shards':>7} {'size':>10} {'PSNR':>10}")
     for name, split in manifest.splits.items():
-        taken = size(sum(shard.bytes for shard in split.shards))
+        taken = readable(sum(shard.bytes for shard in split.shards))
         quality = manifest.psnr[name]
         decibels = "-" if quality is None else f"{quality:.2f} dB"
         print(f"{name:<8} {split.count:>9,} {len(split.shards):>7} {taken:>10} {decibels:>10}")
+    if manifest.left_out:
+        print(f"warning: {manifest.left_out}", file=sys.stderr)
     print(f"\nWritten: {manifest.folder}\nCheck it with:  python -m data_pipes.verify {manifest.folder}")
 
 
@@ -348,6 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     native = arguments.native or out.with_name(f"{out.name}-native") if foreign else out
     if foreign:
         check_format(arguments.format, out, len(info.classes))  # before hours of fitting, not after
+        check_val(arguments.val, counts, data.train_split)
     siren = networks_of(run)
     with torch.no_grad():
         base = siren.network_weights(siren.init_offsets(1), "phi")
@@ -359,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     if manifest is not None:
         show(manifest)
         if foreign:
-            convert(plan(native, arguments.format, out))
+            convert(plan(native, arguments.format, out, values=arguments.values or "phi", val=arguments.val))
     return 0
 
 

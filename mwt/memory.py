@@ -257,5 +257,9 @@ def peak(device: torch.device) -> int:
 
 
 def readable(count: int) -> str:
-    """A number of bytes for people: 2.1 GB, 340 MB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    """A number of bytes for people: 2.1 GB, 340 MB, 1.5 MB, 12 kB; of memory, of files and of disks."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            whole = unit == "MB" and count >= 10 * size
+            return f"{count / size:,.{0 if whole else 1}f} {unit}"
+    return f"{count / 1e3:.0f} kB"

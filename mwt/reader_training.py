@@ -50,6 +50,8 @@ class Examples:
     """In the split of the set."""
     read: Callable[[Int[Tensor, " B"]], Sample]
     """The networks at places of the split."""
+    held: str = ""
+    """Where they are, in words."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -143,7 +145,9 @@ class ReaderTraining:
         steps = self.pretrain_steps if first else self.total_steps - self.pretrain_steps
         parameters = [p for p in self.reader.parameters() if p.requires_grad] or [nn.Parameter(torch.zeros(0))]
         groups = [{"params": parameters, "name": "reader"}]
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=optim.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=rate, weight_decay=optim.weight_decay, amsgrad=optim.amsgrad, fused=True
+        )
         self.schedule = make_schedule(self.optimizer, optim, total_steps=max(1, steps))
 
     def run(self, stop: StopRequested, on_step: Callable[[dict[str, float] | None], None]) -> bool:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mwt.checkpoint import find_checkpoint, load_model
 from mwt.config import ModelConfig
 from mwt.errors import InputError
@@ -35,6 +37,28 @@ def begin_stage(model: MetaWeightTransformer, stage: str) -> None:
         for parameter in parameters:
             fixed = name == "alpha" and not model.config.inner_loop.learn_alpha
             parameter.requires_grad_(name in LEARNS[stage] and not fixed)
+
+
+def rest_unread(model: MetaWeightTransformer) -> None:
+    """Freeze what the logits do not depend on: a decoder of a first phase, ends of a graph that nobody asks.
+
+    Several processes wait for the gradient of everything that learns, and these would never get one. Call it after
+    `begin_stage`. A reader that cannot work end to end says so here, before anything is written.
+
+    Raises:
+        InputError: the reader cannot read what the loop fits.
+    """
+    if model.stage == "reconstruction":
+        return
+    learning = [parameter for parameter in model.reader.parameters() if parameter.requires_grad]
+    was_training = model.reader.training
+    model.reader.eval()  # no dropout, no running means: nothing is drawn and nothing changes
+    with torch.enable_grad():
+        logits = model.read(model.siren.init_offsets(1))
+        gradients = torch.autograd.grad(logits.sum(), learning, allow_unused=True) if learning else ()
+    model.reader.train(was_training)
+    for parameter, gradient in zip(learning, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def _fits(config: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mwt.config_checks import require
 class WeightsDataConfig:
     """Which networks, and how they are read. Layout, classes and statistics come with the set."""
 
-    path: str = "runs/digits/weights"
+    path: str = "runs/quickstart/weights"
     """A set of fitted networks, as `eval.export` and `train.fit_set` make them."""
     values: Literal["phi", "delta"] | None = None
     """phi: whole networks. delta: what differs from the base that they began with. null: as the set holds them."""
@@ -45,6 +45,8 @@ class WeightsOptimConfig:
     epochs: int = 100
     lr: float = 1e-3
     weight_decay: float = 5e-4
+    amsgrad: bool = False
+    """Divide by the largest second moment so far (Reddi et al. 2018), as DWSNets and neural-graphs were trained."""
     schedule: Literal["onecycle", "cosine", "constant"] = "cosine"
     """As of train.classify; over each phase by itself."""
     warmup: float = 0.05

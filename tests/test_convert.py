@@ -38,7 +38,7 @@ from tests.fork_server import Server
 
 ROOT = Path(__file__).parents[1]
 H, W = 5, 7
-TREES = ("nfn", "dws", "neural-graphs", "scalegmn", "scalegmn-fmnist")
+TREES = ("nfn", "dws", "neural-graphs", "scalegmn", "scalegmn-cifar", "scalegmn-fmnist")
 META = Layout(sizes=(2, 6, 5, 3), omegas=(10.0, 1.0), shared_output=True)
 """As meta-learned SIRENs: one output layer for all, other frequencies."""
 PLAIN = Layout(sizes=(2, 6, 5, 1), omegas=(30.0, 30.0), shared_output=False)
@@ -166,7 +166,7 @@ def fmnist_loader(root: Path, split: str) -> Loaded:
 
 LOADERS: dict[str, Callable[[Path, str, list[int]], Loaded]] = {
     "nfn": nfn_loader,
-    "scalegmn cifar": lambda root, split, points: nfn_loader(root, split, points, "randinit_smaller_[0-9]s/*.pth"),
+    "scalegmn-cifar": lambda root, split, points: nfn_loader(root, split, points, "randinit_smaller_[0-9]s/*.pth"),
     "scalegmn mnist": lambda root, split, points: json_loader(root, split, Path),
     "dws": lambda root, split, points: json_loader(root, split, Path),
     "neural-graphs": lambda root, split, points: json_loader(root, split, lambda p: Path(root) / Path(p)),
@@ -183,7 +183,7 @@ def test_trees_in_the_hands_of_their_loaders(sets: dict[str, Path], tmp_path: Pa
     if loader in AFTER_RELOCATE:
         convert.main(["--relocate", str(root)])
     points = json.loads((root / "converted.json").read_text())["split_points"]
-    draws = nfn_draws if name == "nfn" else dws_draws
+    draws = nfn_draws if name in ("nfn", "scalegmn-cifar") else dws_draws
     for split in ("train", "test"):
         native = load_weight_set(sets[kind], split)
         found = list(LOADERS[loader](root, split, points))
@@ -369,12 +369,14 @@ def test_points_keep_their_values(tmp_path: Path) -> None:
 
 def test_more_labels_than_digits(tmp_path: Path) -> None:
     native = write_native(tmp_path / "native", PLAIN, classes=12)
-    for name in ("nfn", "scalegmn"):
+    for name in ("nfn", "scalegmn-cifar"):
         with pytest.raises(InputError, match="10 classes at most, and this set has 12"):
             plan(native, name, tmp_path / "x")
     convert.main(["--src", str(native), "--out", str(tmp_path / "tree"), "--format", "dws"])
-    found = json_loader(tmp_path / "tree", "train", lambda p: tmp_path / "tree" / p)
-    assert [label for *_, label in found] == [3, 4, 5, 6, 7, 8, 9, 10, 11]
+    convert.main(["--src", str(native), "--out", str(tmp_path / "scale"), "--format", "scalegmn"])
+    for tree in ("tree", "scale"):
+        found = json_loader(tmp_path / tree, "train", lambda p, tree=tree: tmp_path / tree / p)
+        assert [label for *_, label in found] == [3, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_path_that_looks_like_a_label(sets: dict[str, Path], tmp_path: Path) -> None:
@@ -522,12 +524,12 @@ def test_room_is_stated_and_asked_for(
     need = ForeignWriter(planned).need
     assert need.bytes == taken
     assert need.files == 12 + 16 >= len(files(planned.out))
-    assert f"{taken / 1e6:,.1f} MB needed in 28 files" in said
+    assert f"{taken / 1e3:.0f} kB needed in 28 files" in said
     assert "sin(30 (W h + b))" in said
     assert "no val split" in said
     free = shutil.disk_usage(tmp_path)._replace(free=taken - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(InputError, match=r"needs .* GB, but its disk has only"):
+    with pytest.raises(InputError, match=r"needs .* kB, but its disk has only"):
         convert.convert([one(sets["digits"], "nfn", tmp_path / "full")], 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tree"]
     monkeypatch.undo()
@@ -569,11 +571,30 @@ def test_export_in_one_go(sets: dict[str, Path], tmp_path: Path) -> None:
     export.main(
         [*options, "--out", str(tmp_path / "more"), "--native", str(tmp_path / "tree-native"), "--format", "dws"]
     )
+    with pytest.raises(InputError, match="--val is 6; it must be positive and less than the 6"):
+        export.main([*options, "--out", str(tmp_path / "c"), "--format", "nfn", "--val", "6"])
+    with pytest.raises(InputError, match="--val is for another --format"):
+        export.main([*options, "--out", str(tmp_path / "c"), "--val", "2"])
+    assert not list(tmp_path.glob("c*"))
     with pytest.raises(InputError, match="would find '_3s'"):
         export.main([*options, "--out", str(tmp_path / "a_3s"), "--format", "nfn"])
     assert not list(tmp_path.glob("a_3s*"))
     with pytest.raises(InputError, match="--native is for another --format"):
         export.main([*options, "--out", str(tmp_path / "b"), "--native", "c"])
+
+
+def test_export_in_one_go_with_differences_and_a_val_split(sets: dict[str, Path], tmp_path: Path) -> None:
+    """As two programs after one another: what is asked for is what the tree holds."""
+    options = ["--values", "delta", "--val", "2", "--format", "dws"]
+    run = ["--run", "builtin:digits", "data.limit=6", "run.device=cpu", "--native", str(sets["digits"])]
+    export.main([*run, "--out", str(tmp_path / "one"), *options])
+    convert.main(["--src", str(sets["digits"]), "--out", str(tmp_path / "two"), *options])
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert [len(paths["path"]) for paths in json.loads((tmp_path / "one" / "splits.json").read_text()).values()] == [
+        4, 2, 6,
+    ]  # fmt: skip
+    about = json.loads((tmp_path / "one" / "converted.json").read_text())
+    assert about["values"] == "delta"
 
 
 def test_layouts_are_replaced_exactly() -> None:

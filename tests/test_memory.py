@@ -292,6 +292,7 @@ def test_in_words() -> None:
     for remedy in ("data.batch_size", *CHECKPOINTS, "inner_loop.points", "run.precision=bf16"):
         assert remedy in warning
     assert readable(12_300_000) == "12 MB"
+    assert [readable(x) for x in (1_500_000, 16_400, 16_400_000_000)] == ["1.5 MB", "16 kB", "16.4 GB"]
 
 
 def test_the_report_shows_the_peak() -> None:

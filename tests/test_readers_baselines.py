@@ -218,6 +218,18 @@ def test_positional_encoding_against_numpy() -> None:
     np.testing.assert_allclose(positional_encoding(coords, 3).numpy(), expected, atol=1e-12)
 
 
+def test_the_published_inr2array_standardises_no_latents() -> None:
+    reader = make("inr2array", dropout=0.0)
+    assert not any(isinstance(module, torch.nn.BatchNorm1d) for module in reader.modules())
+    own = make("inr2array", standardise_latents=True, dropout=0.0)
+    assert parameters(own) == parameters(reader)
+    with torch.no_grad():  # in training a constant that is added to all latents does not matter
+        latents = torch.randn(5, *own.encode(networks(1)).shape[1:], dtype=torch.float64)
+        moved = own.train().classifier(latents + 3)
+        torch.testing.assert_close(moved, own.classifier(latents), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(reader.train().classifier(latents + 3), reader.classifier(latents), atol=1e-2)
+
+
 def test_each_latent_of_inr2array_draws_its_own_patch() -> None:
     reader = make("inr2array")
     assert isinstance(reader, TwoPhaseReader)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ from mwt.losses import outer_losses
 from mwt.model import MetaWeightTransformer
 from mwt.observe import observe
 from mwt.optim import clip_gradients, make_optimizer
-from mwt.stages import LEARNS, begin_stage, load_field
+from mwt.stages import LEARNS, begin_stage, load_field, rest_unread
 from mwt.structs import Batch, SignalFacts
 from mwt.tracking import read_metrics
 from tests.fork_server import Server
@@ -311,3 +314,72 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         debug(tmp_path / "run", "run.stage=classifier", f"run.init_from={tmp_path / 'nothing'}")
     with pytest.raises(InputError, match="reconstuction"):
         load_config(ClassifyConfig, None, ["run.stage=reconstuction"])
+
+
+# ---- readers end to end ------------------------------------------------------------------------------------------
+
+READERS: dict[str, tuple[str, ...]] = {
+    "mlp": ("width=4", "depth=1"),
+    "linear": (),
+    "inr2vec": ("width=4", "code=8", "decoder_width=4"),
+    "inr2array": ("width=8", "heads=1", "blocks=1", "patches=2", "classifier_width=16", "classifier_blocks=1"),
+    "ng_gnn": ("width=4", "layers=2", "frequencies=4", "readout=output"),
+    "ng_t": ("node_width=4", "edge_width=4", "attention_width=4", "heads=2", "layers=2", "frequencies=4"),
+    "scalegmn": ("width=4", "mlp_width=4", "layers=2", "plain_ends=true"),
+    "scalegmn_b": ("width=4", "mlp_width=4", "layers=1", "plain_ends=true", "readout=output"),
+}
+
+
+def end_to_end(name: str) -> list[str]:
+    return [f"reader.name={name}", *(f"reader.options.{option}" for option in READERS[name])]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_everything_that_learns_end_to_end_gets_a_gradient_and_what_rests_would_get_none(name: str) -> None:
+    config = load_config(ClassifyConfig, None, [*SMALL, *end_to_end(name)])
+    torch.manual_seed(0)
+    model = MetaWeightTransformer(model_config(config, FACTS))
+    begin_stage(model, "joint")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rest_unread(model)
+    assert model.reader.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    images = torch.randint(0, 256, (4, 1, 6, 7), dtype=torch.uint8)
+    batch = Batch(images=images, labels=torch.tensor([0, 1, 2, 0]), positions=torch.arange(4))
+    learning = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    begin_stage(model, "joint")  # everything learns again: which of it is reached?
+    optimizer = make_optimizer(model, config.optim)
+    output = model(observe(batch, config.inner_loop, seed=0))
+    outer_losses(output, batch.labels).total.backward()
+    reached = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == learning
+    resting = {key.split(".")[1] for key in set(before) & {k for k, _ in model.named_parameters()} - learning}
+    assert resting >= ({"decoder"} if name.startswith("inr2") else {"layers"} if name.startswith("scale") else set())
+    optimizer.step()
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inr2vec", "scalegmn"])
+def test_two_processes_train_readers_of_which_a_part_rests(tmp_path: Path, name: str) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "train.classify",
+        "--debug", "data.limit=32", *end_to_end(name), f"run.dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("reader.name=knn",), "End to end it cannot be used"), (("reader.name=pixel_cnn",), "it is for train.weights"),
+     (("reader.name=mlp", "reader.input=standardise"), "end to end, use")],
+)  # fmt: skip
+def test_a_reader_that_cannot_work_end_to_end_leaves_no_run_directory(
+    tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(InputError, match=re.compile(said, re.IGNORECASE)):
+        debug(tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipes import verify
 from data_pipes.read import open_split
 from data_pipes.weights import WeightSet, load_weight_set
 from mwt.config_files import list_configs, load_config
 from mwt.errors import InputError
+from mwt.fit_many import Fits, fit_many
 from mwt.fit_set_config import FitSetConfig
 from mwt.weight_space import Weights
 from tests.fork_server import Server
@@ -124,6 +129,24 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, overrides: list[str], me
     with pytest.raises(InputError, match=message):
         fit(tmp_path / "set", *overrides)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_fit_that_diverges_is_left_out_of_the_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_lost(*arguments: Any, **options: Any) -> Fits:
+        fits = fit_many(*arguments, **options)
+        fits.weights.weights[1][3] = torch.nan
+        return replace(fits, error=fits.error.index_fill(0, torch.tensor([3]), torch.nan))
+
+    monkeypatch.setattr("train.fit_set.fit_many", one_lost)
+    networks = fit(tmp_path / "set")
+    assert networks.column("index").tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert networks.manifest.diverged == {"train": [[3, 0]], "test": [[3, 0]]}
+    said = capsys.readouterr()
+    assert "warning: Fits that diverged are not in the set: 1 of 'train', 1 of 'test'" in said.err
+    assert re.search(r"^disk      \d+ kB needed, \S+ GB free$", said.out, re.M)
+    verify.main([str(tmp_path / "set")])
 
 
 def test_configs_parse_and_name_their_own_command() -> None:

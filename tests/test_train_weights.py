@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.digits_weights import write_digits
 from train.weights import build, main, make_augmentation
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 SMALL_INR2VEC = (
     "reader.name=inr2vec", "reader.options.width=8", "reader.options.code=16", "reader.options.decoder_width=8",
     "optim.pretrain_epochs=2", "optim.epochs=2", "data.batch_size=32", "run.log_every=3",
@@ -147,8 +149,48 @@ def test_images_are_those_that_the_networks_were_fitted_to(networks: Path, tmp_p
     facts = read_info("builtin:digits").facts
     image = Sample(extension="png", data=encode_png(torch.zeros(1, 8, 8, dtype=torch.uint8)), label=0)
     write_dataset(other, name="o", facts=facts, licence="", splits={"test": [image] * 40})
+    unknown = tmp_path / "unknown"
+    shutil.copytree(networks, unknown)
+    manifest = json.loads((unknown / "manifest.json").read_text())
+    (unknown / "manifest.json").write_text(json.dumps({**manifest, "source": {}}))
+    with pytest.raises(InputError, match=r"does not say which its networks were fitted to; .* data\.images"):
+        Part(configured(unknown, "reader.name=pixel_cnn"), "test", CPU, images=True)
     with pytest.raises(InputError, match="have other labels in 'test'"):
         Part(configured(networks, "reader.name=pixel_cnn", f"data.images={other}"), "test", CPU, images=True)
+
+
+def test_what_does_not_fit_into_memory_is_read_as_needed(
+    networks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = ("reader.name=mlp", "reader.input=standardise", "data.values=phi", "optim.epochs=2", "data.holdout=0.25")
+    assert run(networks, tmp_path / "kept", *options) == 0
+    said = capsys.readouterr().out
+    size = 128 * load_weight_set(networks).manifest.network_bytes
+    assert f"memory    {size / 1e6:.1f} MB of networks kept in memory, " in said
+    monkeypatch.setattr("data_pipes.weight_examples.available", lambda device: 2 * 40 * size // 128 - 1)
+    monkeypatch.setattr("data_pipes.weights.WeightSet.resident", None)  # whoever calls it fails
+    assert run(networks, tmp_path / "mapped", *options) == 0
+    assert "are more than 50% of the memory that is left: read from their files as needed" in capsys.readouterr().out
+    ours, theirs = (json.loads((tmp_path / name / "eval" / "classify.json").read_text()) for name in ("mapped", "kept"))
+    assert ours["accuracy"] == theirs["accuracy"]
+    assert ours["confusion"] == theirs["confusion"]
+    assert 0 < ours["peak_memory_gb"] < 4
+
+
+def test_the_peak_of_memory_is_that_of_this_program(networks: Path, tmp_path: Path) -> None:
+    """A reader of 40 million parameters: they, gradients and two moments are 640 MB."""
+    options = ("reader.options.width=3000", "reader.options.depth=1", "data.batch_size=8", "data.limit=8")
+    assert run(networks, tmp_path / "run", "reader.name=mlp", *options, "optim.epochs=1") == 0
+    numbers = json.loads((tmp_path / "run" / "eval" / "classify.json").read_text())
+    assert 16 * numbers["parameters"] / 1e9 < numbers["peak_memory_gb"] < 16 * numbers["parameters"] / 1e9 + 0.6
+
+
+def test_amsgrad_is_torch_s(networks: Path) -> None:
+    for chosen in (False, True):
+        training = build(configured(networks, "reader.name=linear", f"optim.amsgrad={chosen}"), CPU)
+        training._train_step(torch.arange(64))
+        state = training.optimizer.state[training.reader.get_parameter("logits.weight")]
+        assert ("max_exp_avg_sq" in state) == chosen
 
 
 def test_copies_of_a_signal_are_held_out_together(tmp_path: Path) -> None:
@@ -192,6 +234,8 @@ def test_augmentation_moves_whole_networks_and_disturbs_what_is_read(networks: P
     [
         (("data.path=/nowhere",), "No set of fitted networks at /nowhere"),
         (("data.train_split=nosuch",), "has no split 'nosuch'"),
+        (("data.test_split=val",), "has no split 'val'; it has train, test"),
+        (("reader.name=wt", "reader.head_dim=48"), "is 64 wide, .*reader.head_dim, 48.*; set reader.head_dim=32,"),
         (("reader.name=nosuch",), "reader.name is 'nosuch'; there are"),
         (("reader.name=mlp", "optim.pretrain_epochs=1"), "has no first phase; set optim.pretrain_epochs=0"),
         (("reader.name=linear", "augment.permute=true"), "set data.values=phi"),
@@ -294,7 +338,7 @@ def test_a_loss_that_is_not_finite_names_its_step(networks: Path, tmp_path: Path
         training._flush()
 
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "weights").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs" / "weights").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -304,6 +348,9 @@ def test_every_config_makes_a_reader_of_its_size(path: Path, networks: Path) -> 
     assert f"--config configs/weights/{path.name}" in text
     assert all(f"# {what}:" in text for what in ("Data", "Paper", "Time"))
     assert config.run.dir == f"runs/weights_{path.stem}"
+    [quickstart] = re.findall(r"^RUN \?= (\S+)", (ROOT / "Makefile").read_text(), re.M)
+    made = load_config(WeightsConfig, path).data.path
+    assert f"# Data:    python -m eval.export --run {quickstart} --out {made} " in text
     assert path.stem in ("digits", config.reader.name)
     training = build(config, CPU)
     assert sum(p.numel() for p in training.reader.parameters()) <= 300_000

@@ -35,7 +35,7 @@ from mwt.outer_loop import OuterLoop
 from mwt.rng import derived_seed
 from mwt.run_directory import open_run_directory
 from mwt.runtime import StopRequested, keep_freed_memory, run_program
-from mwt.stages import LEARNS, begin_stage, load_field
+from mwt.stages import LEARNS, begin_stage, load_field, rest_unread
 from mwt.structs import Batch
 from mwt.tracking import MetricsLog, last_training_table
 from mwt.training_state import TrainingState
@@ -115,6 +115,7 @@ def build(
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     model = MetaWeightTransformer(model_config(config, info.facts)).to(device)
     begin_stage(model, config.run.stage)
+    rest_unread(model)
     if config.run.init_from and not (resuming and has_checkpoint(Path(config.run.dir))):  # a checkpoint has it already
         load_field(model, config.run.init_from)
     world = accelerator.num_processes

@@ -249,6 +249,8 @@ def announce(config: FitSetConfig, writer: WeightSetWriter, counts: dict[str, in
           f"initialisation, convention of {network.convention}")  # fmt: skip
     until = f"until {fit.target_psnr:g} dB, at most {fit.steps:,} steps" if fit.target_psnr else f"{fit.steps:,} steps"
     print(f"fitting   {fit.optimizer}, rate {fit.lr:g}, {fit.schedule}; {until}; on {device}")
+    if not writer.complete:
+        print(f"disk      {writer.room}")
     done = len(writer.tasks) - len(writer.missing())
     begun = f"; {done} are there already" if done and not writer.complete else ""
     state = "complete already" if writer.complete else f"{len(writer.tasks)} shards{begun}"
@@ -264,6 +266,8 @@ def show(manifest: Manifest, target: float | None) -> None:
         reached = "-" if target is None else f"{float((psnr >= target).float().mean()):.1%}"
         print(f"{name:<8} {len(networks):>9,} {float(psnr.mean()):>6.2f} dB {float(psnr.min()):>6.2f} dB {reached:>8} "
               f"{float(steps.float().mean()):>7.0f}")  # fmt: skip
+    if manifest.left_out:
+        print(f"warning: {manifest.left_out}", file=sys.stderr)
     print(f"\nWritten: {manifest.folder}\nCheck it with:  python -m data_pipes.verify {manifest.folder}")
 
 

@@ -35,6 +35,7 @@ from mwt.errors import InputError
 from mwt.evaluation import Classification
 from mwt.metrics import confusion_matrix
 from mwt.observe import grid
+from mwt.peak_memory import PeakMemory
 from mwt.reader_training import ReaderTraining, Sample, evaluate_reader
 from mwt.readers import Reader, load_reader, make_reader
 from mwt.readers.saved import checkpoint_folder
@@ -124,6 +125,9 @@ def build(config: WeightsConfig, device: torch.device) -> ReaderTraining:
     """Networks, reader, optimizer and schedule, everything at its beginning."""
     data, images = config.data, config.reader.name == "pixel_cnn"
     part = Part(config, data.train_split, device, images=images)
+    part.set.manifest.split(data.test_split)  # after the training it would be too late
+    if images:
+        Part(config, data.test_split, device, images=True)
     torch.manual_seed(derived_seed(config.run.seed, "initialisation"))
     reader = make_reader(config.reader, layout=part.set.layout, classes=len(part.set.classes)).to(device)
     if config.optim.pretrain_epochs and not reader.pretrains:
@@ -216,11 +220,12 @@ def check_fits(reader: Reader, networks: WeightSet) -> None:
         )
 
 
-def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig) -> dict[str, Any]:
+def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig, memory: PeakMemory) -> dict[str, Any]:
     """Read the test split with the best checkpoint, and write what came of it.
 
     Args:
         trained: the configuration of the run; `config` may name another split or set.
+        memory: of the whole program.
     """
     run = Path(config.run.dir)
     folder = checkpoint_folder(run)
@@ -241,6 +246,7 @@ def evaluate(config: WeightsConfig, device: torch.device, trained: WeightsConfig
         "seconds": seconds, "networks_per_second": len(places) / seconds, "data": config.data.path,
         "values": reader.facts["values"], "step": int(folder.name.rpartition("-")[2]), "classes": list(result.classes),
         "confusion": confusion(result), "precision": config.run.precision, "device": str(device),
+        "peak_memory_gb": memory.read() / 1e9,
     }  # fmt: skip
     differs = any(getattr(config.data, key) != getattr(trained.data, key) for key in ("test_split", "path", "limit"))
     name = f"classify_{config.data.test_split}.json" if differs else "classify.json"
@@ -265,6 +271,7 @@ def describe(run: ReaderTraining) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     first = f"{config.optim.pretrain_epochs} epochs on the fields, then " if config.optim.pretrain_epochs else ""
     print(f"training  {first}{config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size}")
+    print(f"memory    {run.train.held}")
     print(f"run       {run.directory}" + (f", going on at step {run.step}" if run.step else ""), flush=True)
 
 
@@ -311,9 +318,10 @@ def main(argv: list[str] | None = None) -> int:
     device = runtime.choose_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    memory = PeakMemory(device)
     if arguments.evaluate:
         stored = load_config(WeightsConfig, Path(config.run.dir) / "config.yaml")
-        show(evaluate(config, device, stored))
+        show(evaluate(config, device, stored, memory))
         return 0
     run = build(config, device)
     open_run_directory(
@@ -326,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         describe(run)
         status = train(run, stop)
     if status == 0:
-        show(evaluate(config, device, config))
+        show(evaluate(config, device, config, memory))
     return status
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mwt.config import ReaderConfig
 from mwt.errors import InputError
+from mwt.readers.interface import pooled_standardiser
 from mwt.readers.two_phase import TwoPhaseReader
 from mwt.weight_space import Layout, Weights, render
 
@@ -196,16 +197,14 @@ def _bound(layer: int, inputs: int) -> float:
 
 
 class LatentClassifier(nn.Module):
-    """A pre-norm Transformer over a class token and the latents; a perceptron on what becomes of the first token.
-
-    Each number of the latents is standardised over the networks of a batch first: most of it is what all share.
-    """
+    """A pre-norm Transformer over a class token and the latents; a perceptron on what becomes of the first token."""
 
     def __init__(
-        self, *, inputs: int, latents: int, width: int, blocks: int, heads: int, dropout: float, classes: int
-    ) -> None:
+        self, *, inputs: int, latents: int, width: int, blocks: int, heads: int, dropout: float, standardise: bool,
+        classes: int,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.standardise = nn.BatchNorm1d(latents * inputs, affine=False)
+        self.standardise = pooled_standardiser(latents * inputs, standardise)
         self.embed = nn.Linear(inputs, width)
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.places = nn.Parameter(torch.randn(latents, width) * 0.02)
@@ -253,6 +252,9 @@ class Inr2ArrayReader(TwoPhaseReader):
         classifier_heads: int = 4
         dropout: float = 0.1
         """In the classifier."""
+        standardise_latents: bool = False
+        """Whether each number of the latents is standardised over the networks of a batch before the classifier: most
+        of it is what all have in common. Not in the release."""
 
     def __init__(self, config: ReaderConfig, *, layout: Layout, classes: int) -> None:
         super().__init__(config, layout=layout, classes=classes)
@@ -272,5 +274,6 @@ class Inr2ArrayReader(TwoPhaseReader):
         self.decoder = PatchDecoder(layout, options.width, options.patches, options.field_width)
         self.classifier = LatentClassifier(
             inputs=options.width, latents=latents, width=options.classifier_width, blocks=options.classifier_blocks,
-            heads=options.classifier_heads, dropout=options.dropout, classes=classes,
+            heads=options.classifier_heads, dropout=options.dropout, standardise=options.standardise_latents,
+            classes=classes,
         )  # fmt: skip

@@ -47,9 +47,11 @@ class _Transformer(nn.Module):
             InputError: a width that the heads do not divide.
         """
         if width % config.head_dim:
+            divisors = (size for size in range(1, width // 2 + 1) if width % size == 0 and size <= config.head_dim)
             raise InputError(
-                f"siren.hidden is {width}, which is not a multiple of the attention's head dimension "
-                f"(reader.head_dim, {config.head_dim}); choose a multiple of it."
+                f"The Transformer is {width} wide, as the hidden layers that it reads (end to end: siren.hidden), and "
+                f"that is not a multiple of the attention's head dimension (reader.head_dim, {config.head_dim}); set "
+                f"reader.head_dim={max(divisors, default=1)}, or another divisor of {width}."
             )
         self.token_scale = config.token_scale if config.input == "scale" else 1.0
         self.checkpoint = config.checkpoint
