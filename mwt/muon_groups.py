@@ -98,10 +98,14 @@ class Split:
             rows.append((role.name, shape, "Adam" if role.layout is None else "Muon", role.why))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        for kind, roles in (("Muon", self.muon), ("Adam", self.adam)):
-            count = sum(role.parameter.numel() for role in roles)
-            lines.append(f"{kind}: {count:,} numbers in {len(roles)} parameters")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.summary()])
+
+    def summary(self) -> list[str]:
+        """How much each of the two takes, a line for each."""
+        return [
+            f"{kind}: {sum(role.parameter.numel() for role in roles):,} numbers in {len(roles)} parameters"
+            for kind, roles in (("Muon", self.muon), ("Adam", self.adam))
+        ]
 
 
 def split_parameters(module: nn.Module, *, muon_first: bool = False, exclude: Sequence[str] = ()) -> Split:

@@ -143,6 +143,7 @@ def test_killed_again_and_again(src: Path, whole: dict[str, bytes], tmp_path: Pa
     check_restarts(src, tmp_path / "out", whole, [1, 2, 3, 5, 8, 9, 11], ["2", "0", "1", "2", "0", "1", "2"])
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_processes(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     main(["folder", "--src", str(src), "--out", str(tmp_path / "out"), *OPTIONS, "--workers", "3"])
     assert content(tmp_path / "out") == whole

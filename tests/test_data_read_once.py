@@ -113,6 +113,7 @@ if world > 1:
 """
 
 
+@pytest.mark.slow
 def test_metrics_count_every_sample_once_with_real_processes(folder: Path, tmp_path: Path, server: Server) -> None:
     """19 samples over 1 and 3 processes: the same samples, labels and metrics."""
     results = []

@@ -139,6 +139,7 @@ def test_only_the_first_faults_are_named(tmp_path: Path) -> None:
     assert lines[-1] == "… and 2 more"
 
 
+@pytest.mark.slow
 def test_as_a_program_with_processes(folder: Path, server: Server) -> None:
     shard = folder / "test-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")

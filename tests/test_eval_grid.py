@@ -449,6 +449,7 @@ def test_how_a_program_ended_is_told_apart(toys: Path, forked: bool, capsys: pyt
     assert attempts == {lr: 1 if how in ("diverged", "not defined") else 2 for lr, how in ENDS.items()}
 
 
+@pytest.mark.slow
 def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
     preloaded(toys)
     process = started(toys, "pause=0.2", "steps=6")

@@ -30,6 +30,7 @@ from mwt.config_files import config_yaml, flat, list_configs, load_config
 from mwt.errors import InputError
 from mwt.memory import MemoryEstimate
 from mwt.model import MetaWeightTransformer
+from mwt.muon_groups import split_parameters
 from mwt.observe import asked_ahead, observe
 from mwt.outer_loop import OuterLoop
 from mwt.rng import derived_seed
@@ -204,6 +205,8 @@ def describe(run: OuterLoop, split: Split, need: MemoryEstimate | None, *, compi
         f"training  {config.optim.epochs} epochs, {run.total_steps:,} steps of {config.data.batch_size} on "
         f"{run.accelerator.device}, {config.run.precision}{', compiled' if compiled else ''}"
     )
+    if config.optim.name == "muon":
+        print("          " + " and ".join(split_parameters(run.model).summary()))
     if config.run.stage != "joint" or config.run.init_from:
         begun = f", begun with the SIREN and alpha of {config.run.init_from}" if config.run.init_from else ""
         print(f"stage     {config.run.stage}: {' and '.join(LEARNS[config.run.stage])} learn{begun}")
