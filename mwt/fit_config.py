@@ -82,6 +82,14 @@ class FitOptimConfig:
             self.name == "muon" or (self.lr_muon is None and self.muon == MuonConfig()),
             f"optim.name is {self.name}, but optim.lr_muon or optim.muon is set: say optim.name=muon, or leave it out.",
         )
+        require(
+            self.lr_muon is not None or self.muon.adjust == "original",
+            f"optim.muon.adjust={self.muon.adjust} makes steps of another size: give optim.lr_muon with it.",
+        )
+        require(
+            self.name != "lbfgs" or (self.schedule, self.lr_min) == ("cosine", 0.0),
+            "optim.name=lbfgs searches along lines and has no rates: leave out optim.schedule and optim.lr_min.",
+        )
         require(self.name != "lbfgs" or self.weight_decay == 0, "optim.name=lbfgs knows no optim.weight_decay.")
         require(
             self.name != "lbfgs" or (self.betas, self.eps) == ((0.9, 0.999), 1e-8),

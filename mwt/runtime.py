@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import subprocess
@@ -185,6 +186,10 @@ TO_MEND = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPERM, e
 """Errors of the system that a person can mend: disk full, quota, file size limit, no permission, broken disk."""
 
 
+NOBODY_READS = 128 + signal.SIGPIPE
+"""What a shell says of a program that the signal ends."""
+
+
 def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> None:
     """Run a program's `main` and leave with its exit status.
 
@@ -201,20 +206,19 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
         status = _complain(str(error), 4 if isinstance(error, DivergedError) else 1)
     except KeyboardInterrupt:
         status = _complain("interrupted.", 130)
-    except BrokenPipeError:
-        status = _reader_has_left()
     except OSError as error:
-        if error.errno not in TO_MEND:
+        if error.errno == errno.EPIPE and _nobody_reads():
+            status = NOBODY_READS
+        elif error.errno in TO_MEND:
+            status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
+        else:
             raise
-        status = _complain(f"{error.strerror}: {error.filename or 'while writing'}.", 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         status = _complain(f"out of memory: {(str(error).splitlines() or ['no more can be had'])[0]}", 5)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        status = _reader_has_left()
+    if _nobody_reads():
+        status = NOBODY_READS
     raise SystemExit(status)
 
 
@@ -225,10 +229,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _reader_has_left() -> int:
-    """Whoever read stdout (`| head`) is gone: nothing more goes there, not even what Python flushes at its end."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    return 128 + signal.SIGPIPE
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout (`| head`) is gone; then nothing goes there any more, not even at Python's end."""
+    try:
+        sys.stdout.flush()  # fails once: what could not be written is then forgotten
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+        gone = any(event & select.POLLERR for _, event in watched.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (AttributeError, OSError, ValueError):  # no poll on this system; a stdout that is no file
+        gone = False
+    if gone:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    return gone
 
 
 def _complain(message: str, status: int) -> int:

@@ -122,7 +122,7 @@ def test_muon_s_own_settings_reach_it(folder: Path) -> None:
         "adjust": "spectral",
     }
     muon = MuonConfig(first=True, exclude=("hidden.1.*",), **settings)
-    groups = make_fit_optimizer(field, FitOptimConfig(name="muon", muon=muon)).param_groups
+    groups = make_fit_optimizer(field, FitOptimConfig(name="muon", lr_muon=0.01, muon=muon)).param_groups
     [own] = [group for group in groups if group["use_muon"]]
     assert {name: own[name] for name in settings} == settings
     assert own["param_names"] == ["first.weight", "hidden.0.weight", "hidden.2.weight"]
@@ -155,6 +155,8 @@ def test_muon_begins_with_a_share_of_the_spectral_norm(
             {"lr_muon": 0.1},
             "optim.name is adam, but optim.lr_muon or optim.muon is set: say optim.name=muon, or leave it out",
         ),
+        ({"name": "lbfgs", "schedule": "constant"}, "leave out optim.schedule and optim.lr_min"),
+        ({"name": "muon", "muon": MuonConfig(adjust="spectral")}, "give optim.lr_muon with it"),
         ({"muon": MuonConfig(ns_steps=3)}, "optim.name is adam, but optim.lr_muon or optim.muon is set"),
     ],
 )
@@ -165,9 +167,7 @@ def test_settings_of_the_optimizer_that_will_not_do(options: dict[str, object], 
 
 @pytest.mark.parametrize("name", ["adam", "muon", "lbfgs"])
 def test_an_interrupted_fit_goes_on_bit_for_bit(folder: Path, name: str) -> None:
-    optim = FitOptimConfig(
-        name=name, steps=8, points=None if name == "lbfgs" else 100, lr=1.0 if name == "lbfgs" else 1e-3
-    )
+    optim = FitOptimConfig(name=name, steps=8, points=None if name == "lbfgs" else 100)
     task = image_task([folder / "0.png"])
     whole = fitted(task, optim)
     first = SignalFit(task, fields_for(SMALL, task, seed=3), optim, 3, evaluations=3)

@@ -69,10 +69,11 @@ def test_a_film_is_shown_before_single_frames(run: Path, tmp_path: Path) -> None
     frame = next((copied / "reconstruction").glob("*.png"))
     for number in range(20):
         shutil.copy(frame, copied / "reconstruction" / f"{number:05d}.png")
-    shutil.copy(copied / "progress.gif", copied / "reconstruction" / "video.gif")
+    for name in ("video.error.gif", "video.gif"):
+        shutil.copy(copied / "progress.gif", copied / "reconstruction" / name)
     assert main(["--runs", str(copied), "--out", str(tmp_path / "page.html")]) == 0
     names = re.findall(r"<figcaption>([^<]+)</figcaption>", (tmp_path / "page.html").read_text())
-    assert names[:3] == ["video.gif", "00000.png", "00001.png"]
+    assert names[:3] == ["video.gif", "video.error.gif", "00000.png"]
 
 
 def test_runs_that_are_none(run: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Frame:
     """Numbers of the field that stand for ..."""
     data_range: tuple[float, float] = (0.0, 1.0)
     """... these of the signal; between and beyond them, linearly."""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict, hash=False)
     """What else a reader of the field has to know, for JSON. Lists hold one entry a signal. What `mwt.signals` writes:
 
     audio      rate: samples a second. peaks: amplitudes in the file that 1 of the field stands for; of a single signal

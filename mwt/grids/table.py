@@ -157,7 +157,7 @@ def points(rows: list[Row], plot: PlotConfig, pattern: str) -> list[tuple[str, l
         x, y = row.mean(plot.x), row.mean(plot.y)
         if x is not None and y is not None:
             ours.setdefault(row.cell.group, []).append((row.cell.label, x, y))
-    if pattern in ours or not ours:
+    if (pattern in ours and len(plot.panels) == 1) or not ours:
         return [("paper", paper), ("ours", ours.get(pattern, []))]
     return list(ours.items())
 

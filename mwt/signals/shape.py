@@ -180,7 +180,7 @@ class ShapeTask(Task):
         self.inside = torch.from_numpy(np.stack([contains(mesh, grid) for mesh in self.meshes])).to(device)
         """On the grid [N, g^3]."""
         for path, inside in zip(paths, self.inside, strict=True):
-            if not inside.any():
+            if not inside.any() and (options.mode == "occupancy" or options.lattice is not None):
                 raise InputError(
                     f"None of {self.side}^3 points lies inside {path}, so that there is nothing to tell from outside. "
                     "An open surface (a sheet, a terrain) has no inside: close it. A thin shape needs a finer "

@@ -43,6 +43,8 @@ def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
         InputError: one is called as what is written of another (x.png and x.truth.png).
     """
     stems = {path.stem: path for path in paths}
+    if len(stems) < len(paths):
+        return tuple(f"{number:03d}-{path.name}" for number, path in enumerate(paths))
     for stem, path in stems.items():
         before, _, last = stem.rpartition(".")
         if last in BESIDE and before in stems:
@@ -51,8 +53,6 @@ def signal_names(paths: Sequence[Path]) -> tuple[str, ...]:
                 "the name of the other. The latter looks like the outcome of a fit: name the signals by a glob that "
                 "leaves it out, or rename it."
             )
-    if len(stems) < len(paths):
-        return tuple(f"{number:03d}-{path.name}" for number, path in enumerate(paths))
     return tuple(path.name for path in paths)
 
 
