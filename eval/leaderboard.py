@@ -43,7 +43,7 @@ COLOURS = ("#2a78c8", "#d9702b", "#2f9e58", "#a04fc0", "#c7962a", "#c8405a", "#3
 """Of curves: seen on white and on dark."""
 LONGEST = 300
 """Pixels of the longer side of a picture on the page."""
-PICTURES = 7
+PICTURES = 6
 """Models of a task whose reconstructions are shown."""
 NOT_THE_PICTURE = (".error", ".truth", ".measured", ".sinogram", ".fbp", ".bicubic")
 SCRIPT = """
@@ -280,16 +280,17 @@ def page(board: Board, beside: Board | None) -> str:
     parts.append(section(
         "Rank correlation between tasks", "Spearman's, over the models that have a number in both: 1, where both rank "
         "alike; 0, where the rank in one says nothing of the rank in the other.", correlations(board)))  # fmt: skip
-    for task in board.tasks:
-        parts.append(section(
-            f"Task: {task.replace('_', ' ')}", simple_methods(board, task), task_table(board, task, beside)
-        ).replace("<section>", f'<section id="{escape(task)}">', 1))  # fmt: skip
+    linked = {
+        task: section(f"Task: {task.replace('_', ' ')}", simple_methods(board, task), task_table(board, task, beside))
+        for task in board.tasks
+    }
     if shots := "".join(reconstructions(board, task) for task in board.tasks):
-        parts.append(section("Reconstructions", "From the best to the worst of some models.", shots))
+        linked["reconstructions"] = section("Reconstructions", "From the best to the worst of some models.", shots)
     if plots := "".join(curves(board, task) for task in board.tasks):
-        parts.append(section("Convergence", "The metric over the steps, of models from the best to the worst.",
-                             f'<div class="plots">{plots}</div>'))  # fmt: skip
-    links = "".join(f'<a href="#{escape(task)}">{escape(task.replace("_", " "))}</a>' for task in board.tasks)
+        text = "The metric over the steps, of models from the best to the worst."
+        linked["convergence"] = section("Convergence", text, f'<div class="plots">{plots}</div>')
+    parts += [part.replace("<section>", f'<section id="{escape(name)}">', 1) for name, part in linked.items()]
+    links = "".join(f'<a href="#{escape(name)}">{escape(name.replace("_", " "))}</a>' for name in linked)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(board.title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
