@@ -128,14 +128,20 @@ def test_muon_s_own_settings_reach_it(folder: Path) -> None:
     assert own["param_names"] == ["first.weight", "hidden.0.weight", "hidden.2.weight"]
 
 
-@pytest.mark.parametrize(("activation", "encoding", "share"), [("relu", "identity", 0.09), ("relu", "nerf", 0.03),
-                                                               ("sine", "identity", 0.03)])  # fmt: skip
+SHARES = [
+    ("relu", "identity", 0.09),
+    ("relu", "nerf", 0.03),
+    ("sine", "identity", 0.03),
+    ("gaussian", "identity", 0.03 * 6**0.5 / 30),
+]
+
+
+@pytest.mark.parametrize(("activation", "encoding", "share"), SHARES)
 def test_muon_begins_with_a_share_of_the_spectral_norm(
     folder: Path, activation: str, encoding: str, share: float
 ) -> None:
-    config = MLPConfig(
-        width=24, hidden_layers=1, activation=ActivationConfig(name=activation), encoding=EncodingConfig(name=encoding)
-    )
+    kind = ActivationConfig(name=activation, scale=30.0 if activation == "gaussian" else None)
+    config = MLPConfig(width=24, hidden_layers=1, activation=kind, encoding=EncodingConfig(name=encoding))
     field = fields_for(FieldConfig(mlp=config), image_task([folder / "0.png"]), seed=0)
     groups = make_fit_optimizer(field, FitOptimConfig(name="muon")).param_groups
     matrix = dict(field.named_parameters())["hidden.0.weight"].detach()

@@ -13,7 +13,13 @@ from mwt.fields.config import MLPConfig
 from mwt.fields.encoding import make_encoding
 from mwt.fields.field import Field, MuonParameter, hidden_matrices
 from mwt.fields.layers import BatchNorm, Initializer, Linear, Spread, weight_spread
-from mwt.muon_groups import RELATIVE_LR_RELU
+from mwt.muon_groups import RELATIVE_LR, RELATIVE_LR_RELU
+
+SIREN_NORM, TORCH_NORM = 8**0.5, (4 / 3) ** 0.5
+"""Spectral norms that large square matrices begin with: SIREN's times omega, and those of `nn.Linear`. Where the latter
+(or larger ones) stand before an activation that has a frequency or a narrow width itself, such as Gaussians, Muon's
+rate is a share of what SIREN's would have there (RESULTS.md: 0.005 was best for a Gaussian of 30 and a real WIRE of
+20, which 0.03 times their own norm would ruin)."""
 
 
 class CoordinateMLP(Field):
@@ -71,6 +77,9 @@ class CoordinateMLP(Field):
         self.norms = nn.ModuleList(BatchNorm(draws, width) for _ in range(count if config.batch_norm else 0))
         if config.activation.name == "relu" and config.encoding.name == "identity":
             self.relative_lr = RELATIVE_LR_RELU
+        frequency = max(settings.get("omega", 0.0), settings.get("scale", 0.0))
+        if rule != "siren" and frequency > SIREN_NORM / TORCH_NORM:
+            self.relative_lr = RELATIVE_LR * SIREN_NORM / TORCH_NORM / frequency
         if not config.batch_norm:  # with it, a value depends on the other points too
             self.derivatives = min(activation.derivatives for activation in activations)
 
