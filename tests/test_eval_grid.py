@@ -96,7 +96,7 @@ PLOTS = """
 plots:
   - {name: tradeoff, group: Rate, x: percent, y: score}
   - {name: family, group: "*t*", y: score, x: percent, log_x: true}
-  - {name: panels, group: "R* | D*", y: score, x: percent}
+  - {name: panels, group: "R* | *t*", y: score, x: percent}
 """
 
 
@@ -465,6 +465,7 @@ def test_a_killed_grid_of_forked_programs_goes_on_too(toys: Path) -> None:
     assert job_records(toys)["Rate: 0.1, seed 0: make"]["command"][-1] == "--resume"
 
 
+@pytest.mark.slow
 def test_a_grid_whose_forking_process_is_killed_goes_on(toys: Path) -> None:
     preloaded(toys)
     process = started(toys, "pause=0.2", "steps=4", "seeds=0")

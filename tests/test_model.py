@@ -49,7 +49,7 @@ def test_the_public_names_are_these() -> None:
 
 def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
     for hidden in (32, 100):
-        with pytest.raises(InputError, match=rf"siren\.hidden is {hidden}, .*not a multiple.*64"):
+        with pytest.raises(InputError, match=rf"is {hidden} wide, .*siren\.hidden.*not a multiple.*64"):
             build(hidden=hidden)
 
 

@@ -19,8 +19,12 @@ from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
 
 def small(name: str) -> EncodingConfig:
     """Few features: each is a column of finite differences."""
-    count = None if name == "identity" else 3
-    return EncodingConfig(name=name, frequencies=count, outputs=4, sigma=1.0)
+    few = {
+        "nerf": {"frequencies": 3},
+        "fourier": {"frequencies": 3, "sigma": 1.0},
+        "fourier_kan": {"frequencies": 3, "outputs": 4},
+    }
+    return EncodingConfig(name=name, **few.get(name, {}))
 
 
 def mlp(activation: str = "sine", encoding: str = "identity", *, dims: int = 2, channels: int = 1, **settings) -> Field:

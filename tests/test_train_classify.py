@@ -99,9 +99,11 @@ def test_a_step_that_will_not_fit_is_announced(
 ) -> None:
     monkeypatch.setattr(program.memory, "available", lambda device, processes: 10**6)
     assert debug(tmp_path / "run") == 0  # it is the user's to decide
-    warning = re.search(r"^warning: A step needs about (\d+) MB, but 1 MB are left\..*$", capsys.readouterr().err, re.M)
+    warning = re.search(
+        r"^warning: A step needs about ([\d.]+) MB, but 1.0 MB are left\..*$", capsys.readouterr().err, re.M
+    )
     assert warning is not None
-    assert int(warning[1]) > 1
+    assert float(warning[1]) > 1
     for remedy in ("data.batch_size", "inner_loop.checkpoint=true", "reader.checkpoint=true", "run.precision=bf16"):
         assert remedy in warning[0]
 
