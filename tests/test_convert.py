@@ -506,6 +506,7 @@ def test_two_programs_at_once(sets: dict[str, Path], tmp_path: Path) -> None:
     assert (tmp_path / "set" / "train.npz").is_file()
 
 
+@pytest.mark.slow
 def test_processes_write_what_one_does(sets: dict[str, Path], tmp_path: Path) -> None:
     for workers in (0, 2):
         with ForeignWriter(one(sets["meta"], "scalegmn", tmp_path / str(workers))) as writer:

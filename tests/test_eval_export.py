@@ -173,7 +173,9 @@ def wait_for(out: Path, count: int, server: Server) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_killed_and_begun_again(whole: Path, tmp_path: Path, server: Server, number: signal.Signals) -> None:
     out = tmp_path / "set"
     many = ("--shard-mib", "0.14", "data.limit=80")  # four networks in a shard: forty shards

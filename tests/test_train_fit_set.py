@@ -168,6 +168,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_makes_the_same_set(tmp_path: Path, server: Server) -> None:
     whole, out = tmp_path / "whole", tmp_path / "killed"
     extra = ["data.limit=30", "run.shard_networks=5", "fit.steps=150"]

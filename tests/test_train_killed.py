@@ -173,6 +173,7 @@ def test_killed_before_anything_is_there_it_can_be_started_or_resumed(tmp_path: 
 # ---- no room ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_met_with_a_sentence_and_the_last_checkpoint_is_kept(
     tmp_path: Path, server: Server
 ) -> None:

@@ -169,7 +169,7 @@ mwt.training.observe = poisoned
 """
 
 
-@pytest.mark.parametrize("policy", ["skip", "raise"])
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "raise"])
 def test_one_process_meets_nan_and_both_do_the_same(tmp_path: Path, server: Server, policy: str) -> None:
     """The step is skipped in both, or their weights would part, or both end; the report names the samples of both."""
     run = tmp_path / "run"
