@@ -93,19 +93,19 @@ def shown(path: Path) -> str:
         return f"<figure><figcaption>{name}: {path.stat().st_size / 1e6:.0f} MB, not shown</figcaption></figure>"
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     body = WAYS_TO_SHOW[path.suffix.lower()].format(name=name, data=data)
-    wide = ' class="wide"' if path.name in ("curves.png", "ranks.png") else ""
+    wide = ' class="wide"' if path.name == "curves.png" else ""
     return f"<figure{wide}>{body}<figcaption>{name}</figcaption></figure>"
 
 
 def files_of(run: FitRun) -> list[Path]:
-    """What a person looks at first: reconstructions, what moves before single frames; then the film, curves, ranks."""
+    """What a person looks at first: reconstructions, what moves before single frames; then the film, curves."""
     inside = [path for path in sorted((run.folder / "reconstruction").glob("*")) if path.suffix.lower() in WAYS_TO_SHOW]
     films = (path for path in inside if path.suffix.lower() == ".gif")
     first = sorted(
         films, key=lambda path: path.stem.endswith(".error")
     )  # of a video there are as many frames as it has
     inside = [*first, *(path for path in inside if path not in first)]
-    others = [run.folder / name for name in ("progress.gif", "curves.png", "ranks.png")]
+    others = [run.folder / name for name in ("progress.gif", "curves.png")]
     return inside[:SHOWN] + [path for path in others if path.is_file()]
 
 
@@ -139,7 +139,9 @@ def section(number: int, run: FitRun, floors: list[Floor]) -> tuple[str, list[st
     )
     marks = "".join(f'<p class="low">{escape(line)}</p>' for line in low)
     figures = "".join(map(shown, files_of(run)))
-    settings = folded("Settings", f"<pre>{escape((run.folder / 'config.yaml').read_text())}</pre>")
+    ranks = run.folder / "ranks.png"
+    inner = folded("Ranks and norms of the weight matrices", shown(ranks)) if ranks.is_file() else ""
+    settings = inner + folded("Settings", f"<pre>{escape((run.folder / 'config.yaml').read_text())}</pre>")
     return (
         f'<section id="r{number}"><h2>{escape(title_of(run))}</h2><p class="soft">{escape(facts)}</p>{marks}{body}'
         f'<div class="files">{figures}</div>{settings}</section>',
