@@ -101,9 +101,8 @@ def files_of(run: FitRun) -> list[Path]:
     """What a person looks at first: reconstructions, what moves before single frames; then the film, curves."""
     inside = [path for path in sorted((run.folder / "reconstruction").glob("*")) if path.suffix.lower() in WAYS_TO_SHOW]
     films = (path for path in inside if path.suffix.lower() == ".gif")
-    first = sorted(
-        films, key=lambda path: path.stem.endswith(".error")
-    )  # of a video there are as many frames as it has
+    # Of a video there are as many frames as it has; its film comes before them, and before the film of its error.
+    first = sorted(films, key=lambda path: path.stem.endswith(".error"))
     inside = [*first, *(path for path in inside if path not in first)]
     others = [run.folder / name for name in ("progress.gif", "curves.png")]
     return inside[:SHOWN] + [path for path in others if path.is_file()]

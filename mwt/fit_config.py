@@ -46,7 +46,7 @@ class FitOptimConfig:
     """Adam's rate; with muon that of everything but the hidden matrices. lbfgs has none: it searches from 1."""
     lr_muon: float | None = None
     """Muon's; null: a share of the median spectral norm of the hidden matrices at the start, 0.03, or 0.09 of plain
-    ReLU networks (docs/muon.md)."""
+    ReLU networks, less before narrow activations (docs/muon.md)."""
     muon: MuonConfig = made(default_factory=MuonConfig)
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of Adam's moments; with muon those of everything but the hidden matrices."""
