@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import importlib.util
 import json
 import os
@@ -200,6 +201,7 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     """
     try:
         status = main(argv) or 0
+        _leave_process_group()
     except InputError as error:
         status = _complain(str(error), 3 if isinstance(error, NotDefinedError) else 2)
     except TrainingError as error:
@@ -220,6 +222,18 @@ def run_program(main: Callable[[list[str] | None], int | None], argv: list[str] 
     if _nobody_reads():
         status = NOBODY_READS
     raise SystemExit(status)
+
+
+def _leave_process_group() -> None:
+    """End the threads by which processes talk (torch.distributed), if there are any, while Python still runs.
+
+    Gloo's threads let go of tensors after a collective operation is done. One that does so while Python ends aborts
+    the process (SIGABRT, "terminate called without an active exception"), and the launcher calls a finished run
+    failed. Not after an error: the other processes may still wait for this one, and a group is left by all.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a wrapped model in a cycle would keep the group, and so its threads
+        torch.distributed.destroy_process_group()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -66,6 +66,27 @@ def test_what_main_returns_is_the_exit_status(returned: int | None, status: int)
     assert left.value.code == status
 
 
+def test_processes_part_before_python_ends() -> None:
+    """Else one of gloo's threads may abort a process that is done (SIGABRT). Not after an error: others may wait."""
+
+    def main(argv: list[str] | None) -> int:
+        if argv:
+            raise InputError(argv[0])
+        return 0
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run_program(main, ["wrong"])
+        assert torch.distributed.is_initialized()
+        with pytest.raises(SystemExit, match="0"):
+            run_program(main)
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def test_memory_that_torch_cannot_have_is_told_apart_from_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str] | None) -> int:
         return len(torch.empty(2**55))  # more than any machine addresses
