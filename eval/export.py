@@ -17,38 +17,31 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
-from tqdm import tqdm
 
-from data_pipes.augment import augment
 from data_pipes.convert import convert
 from data_pipes.foreign import FORMATS, check_format
 from data_pipes.foreign_plan import check_val, plan
-from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
-from data_pipes.weight_manifest import DTYPES, Description, Manifest, describe_source
-from data_pipes.weight_shard import ShardTask
+from data_pipes.weight_make import Fit, Fitted, Progress, make_set, patient_accelerator
+from data_pipes.weight_manifest import DTYPES, Description, Manifest, Values, describe_source
 from data_pipes.weight_write import SHARD_BYTES, WeightSetWriter
 from mwt import runtime
 from mwt.checkpoint import load_model
 from mwt.config import ClassifyConfig, DataConfig
 from mwt.config_files import load_config
 from mwt.errors import InputError
-from mwt.evaluation import autocast, networks_psnr
+from mwt.evaluation import autocast
 from mwt.inspection import TrainedRun, check_data_fits, open_trained
 from mwt.memory import readable
 from mwt.model import BUILTIN, MetaWeightTransformer
 from mwt.observe import observe
 from mwt.rng import derived_seed
-from mwt.runtime import StopRequested, keep_freed_memory, run_program
+from mwt.runtime import keep_freed_memory, run_program
 from mwt.siren import Siren
 from mwt.structs import Batch
 
@@ -214,61 +207,16 @@ def fit_signals(model: MetaWeightTransformer, batch: Batch, precision: str, copy
     return fitted.offsets.float(), fitted.losses.float()
 
 
-def signals(split: Split, task: ShardTask) -> Iterator[Batch]:
-    """The signals of a shard, in batches that are the same whoever writes it."""
-    for batch in split.batches(batch_size=task.batch, start=task.start // task.batch):
-        if int(batch.positions[0]) >= task.stop:
-            return
-        yield batch
+def fitter(run: TrainedRun, values: Values) -> Fit:
+    """What fits a batch of signals, as phi or as offsets."""
 
+    @torch.no_grad()
+    def fit(batch: Batch, split: str, copy: int, progress: Progress) -> Fitted:
+        offsets, losses = fit_signals(run.model, batch, run.config.run.precision, copy)
+        progress.add(len(batch))
+        return Fitted(weights=networks_of(run).network_weights(offsets, values), losses=losses)
 
-class Stopped(Exception):
-    """Somebody wants the program to end."""
-
-
-def write_shards(
-    run: TrainedRun, writer: WeightSetWriter, tasks: list[ShardTask], stop: StopRequested, bar: tqdm
-) -> None:
-    """Fit and write.
-
-    Raises:
-        Stopped: between two batches; the shard that was being filled is left out.
-    """
-    description, device = writer.description, run.device
-    changes = description.augment
-
-    @cache
-    def opened(name: str) -> Split:
-        split = open_configured(run.config.data, name, device)
-        check_data_fits(run.model, split.facts, run.config.data.path)
-        return split
-
-    for task in tasks:
-        split, found = opened(task.split), 0
-        with writer.shard(task) as shard:
-            for batch in signals(split, task):
-                found += len(batch)
-                positions = batch.positions.tolist()
-                keys = [str(split.locate(position).get("key", "")) for position in positions]
-                for copy in range(1 + task.copies):
-                    if stop.signal is not None:
-                        raise Stopped
-                    seen = batch
-                    if copy:
-                        kind, seed = changes["kind"], changes["seed"]
-                        seen = augment(batch, kind, seed=seed, epoch=copy, padding=changes["padding"])
-                    offsets, losses = fit_signals(run.model, seen, run.config.run.precision, copy)
-                    with torch.no_grad():
-                        weights = networks_of(run).network_weights(offsets, description.values)
-                        quality = networks_psnr(description.layout, writer.stored(weights), seen)
-                    shard.add(
-                        weights, labels=batch.labels, index=batch.positions, psnr=quality, losses=losses, copy=copy,
-                        keys=keys,
-                    )  # fmt: skip
-                    bar.update(len(batch))
-            shard.skipped = task.stop - task.start - found
-        if skipped := split.bad.report():
-            print(f"warning: {skipped}", file=sys.stderr)
+    return fit
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -307,39 +255,13 @@ def show(manifest: Manifest) -> None:
     print(f"\nWritten: {manifest.folder}\nCheck it with:  python -m data_pipes.verify {manifest.folder}")
 
 
-def export(
-    run: TrainedRun, writer: WeightSetWriter, counts: dict[str, int], accelerator: Accelerator
-) -> Manifest | None:
-    """Write what is missing of the set, together with the other processes; None in all but the first of them."""
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    with StopRequested() as stop, writer:
-        if main:
-            announce(run, writer, counts, world)
-        accelerator.wait_for_everyone()  # the folder is there
-        tasks = writer.missing(rank=rank, world=world)
-        accelerator.wait_for_everyone()  # all know their share before anybody writes
-        total = sum(task.count for task in tasks)
-        what = f"process 1 of {world}" if world > 1 else None
-        with tqdm(total=total, unit="network", desc=what, dynamic_ncols=True, disable=None if main else True) as bar:
-            try:
-                write_shards(run, writer, tasks, stop, bar)
-            except Stopped as error:
-                print(f"\nStopped; {len(writer.tasks) - len(writer.missing())} of {len(writer.tasks)} shards of "
-                      f"{writer.out} are finished. The same command goes on.", file=sys.stderr)  # fmt: skip
-                raise SystemExit(stop.exit_status) from error
-        accelerator.wait_for_everyone()
-        return writer.finish() if main else None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Export; see the module's text."""
     arguments = parse(argv)
     keep_freed_memory()
     runtime.end_with_launcher()
     on_cpu = not torch.cuda.is_available() or "run.device=cpu" in arguments.overrides
-    # First of all: it chooses this process's GPU. Shards take minutes, and who has fewer of them waits for the others.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
+    accelerator = patient_accelerator(cpu=on_cpu)  # first of all: it chooses this process's GPU
     run = replace(open_run(arguments), device=accelerator.device)
     run.model.to(accelerator.device)
     runtime.check_launcher(run.config.run.precision)
@@ -359,7 +281,11 @@ def main(argv: list[str] | None = None) -> int:
         native, describe(run, info, arguments, counts), counts, base=base, batch=run.config.run.eval_batch_size,
         shard_bytes=int(arguments.shard_mib * 2**20), main=accelerator.is_main_process,
     )  # fmt: skip
-    manifest = export(run, writer, counts, accelerator)
+    world = accelerator.num_processes
+    manifest = make_set(
+        writer, data, fitter(run, writer.description.values), accelerator,
+        lambda: announce(run, writer, counts, world),
+    )  # fmt: skip
     if manifest is not None:
         show(manifest)
         if foreign:

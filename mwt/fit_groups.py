@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mwt.errors import InputError
-from mwt.fitting import Row, SignalFit
+from mwt.fitting import Going, Row, SignalFit
 from mwt.rank import QUANTITIES, RankRow
 from mwt.runtime import sync
 from mwt.signals.task import Evaluation
@@ -24,7 +24,7 @@ MEMBERS = ("step", "seconds", "loss")
 """What an entry of a curve has beside metrics."""
 
 
-class GroupedFit:
+class GroupedFit(Going):
     """Fits by the shape of their signals ("512x768x3"; "" where there is one), all at the same step at any time.
 
     Each has its own fields, optimizer and points, as if it were a run by itself. Numbers over all are means over
@@ -58,25 +58,10 @@ class GroupedFit:
         """Spent in steps."""
         return sum(fit.seconds for fit in self.fits.values())
 
-    def run(
-        self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]
-    ) -> bool:
-        """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
-
-        Args:
-            on_evaluation: gets that of the first signal's batch.
-
-        Raises:
-            DivergedError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
-        """
-        while not self.finished:
-            found = [fit.advance() for fit in self.fits.values()]
-            if found[0] is not None:
-                on_evaluation(found[0])
-            on_step()
-            if stop():
-                return self.finished
-        return True
+    def advance(self) -> Evaluation | None:
+        """One step of each; the evaluation is that of the first signal's batch. See `Going`."""
+        first, *_ = [fit.advance() for fit in self.fits.values()]
+        return first
 
     # ---- numbers over all --------------------------------------------------------------------------------------------
 

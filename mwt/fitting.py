@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -93,8 +94,42 @@ Row = dict[str, Any]
 """An entry of a curve: step, seconds, loss, and the metrics' means."""
 
 
+class Going(ABC):
+    """What is made step by step, with evaluations on the way."""
+
+    @property
+    @abstractmethod
+    def finished(self) -> bool:
+        """Whether all steps have been made."""
+
+    @abstractmethod
+    def advance(self) -> Evaluation | None:
+        """One step, and the evaluation after it where it is time for one.
+
+        Raises:
+            DivergedError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
+        """
+
+    def run(
+        self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]
+    ) -> bool:
+        """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
+
+        Raises:
+            DivergedError: as of `advance`.
+        """
+        while not self.finished:
+            found = self.advance()
+            if found is not None:
+                on_evaluation(found)
+            on_step()
+            if stop():
+                return self.finished
+        return True
+
+
 @dataclass
-class SignalFit:
+class SignalFit(Going):
     """A fit on its way: fields, optimizer, and what has been seen so far. `run` goes on from `step`."""
 
     task: Task
@@ -136,29 +171,8 @@ class SignalFit:
         """Metrics of simple methods, by name; large signals take their time. Empty without `compare`."""
         return self.task.baselines() if self.compare else {}
 
-    def run(
-        self, stop: Callable[[], bool], on_evaluation: Callable[[Evaluation], None], on_step: Callable[[], None]
-    ) -> bool:
-        """Go on to the last step, or until `stop` says so after one. Returns whether the last step was made.
-
-        Raises:
-            DivergedError: a loss or a weight that is not finite at an evaluation; names the step and the signal.
-        """
-        while not self.finished:
-            found = self.advance()
-            if found is not None:
-                on_evaluation(found)
-            on_step()
-            if stop():
-                return self.finished
-        return True
-
     def advance(self) -> Evaluation | None:
-        """One step, and the evaluation after it where it is time for one.
-
-        Raises:
-            DivergedError: as of `run`.
-        """
+        """One step, and the evaluation after it where it is time for one; see `Going`."""
         began = time.perf_counter()
         losses = self.make_step()
         self.step += 1

@@ -16,32 +16,25 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
-from tqdm import tqdm
 
-from data_pipes.augment import augment
-from data_pipes.read import Split, open_configured
 from data_pipes.schema import DatasetInfo, read_info
+from data_pipes.weight_make import Fitted, Progress, make_set, patient_accelerator
 from data_pipes.weight_manifest import Description, Manifest, describe_source
-from data_pipes.weight_shard import ShardTask
 from data_pipes.weight_write import WeightSetWriter
 from data_pipes.weights import load_weight_set
 from mwt import runtime
 from mwt.config_files import config_yaml, list_configs, load_config
 from mwt.errors import InputError
-from mwt.evaluation import networks_psnr
-from mwt.fit_many import Fits, fit_many, initial_weights, slots_for, squared_errors
+from mwt.fit_many import fit_many, initial_weights, slots_for, squared_errors
 from mwt.fit_set_config import DEBUG, FitSetConfig, NetworkConfig
 from mwt.observe import grid, pixels
 from mwt.rng import derived_seed
-from mwt.runtime import StopRequested, keep_freed_memory, run_program
+from mwt.runtime import keep_freed_memory, run_program
 from mwt.structs import Batch
 from mwt.weight_space import Layout, Weights
 
@@ -141,10 +134,6 @@ def to_native(network: NetworkConfig, weights: Weights) -> Weights:
 # ---- fitting -----------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """Somebody wants the program to end."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fitter:
     """What fits a batch of signals."""
@@ -152,15 +141,9 @@ class Fitter:
     config: FitSetConfig
     layout: Layout
     compiled: bool
-    stop: StopRequested
-    bar: tqdm
 
-    def __call__(self, batch: Batch, split: str, copy: int) -> tuple[Fits, Tensor]:
-        """Fitted networks in the native convention, and losses [B, 2] on values in [-1, 1] before and after.
-
-        Raises:
-            Stopped: a signal has come.
-        """
+    def __call__(self, batch: Batch, split: str, copy: int, progress: Progress) -> Fitted:
+        """Networks in the native convention, and losses [B, 2] on values in [-1, 1] before and after."""
         assert batch.images is not None
         config, network = self.config, self.config.network
         coords, values, peak = grid(*batch.images.shape[-2:], device=batch.images.device), pixels(batch.images), 2.0
@@ -170,59 +153,11 @@ class Fitter:
         fits = fit_many(
             self.layout, start, coords, values, config.fit, keys=batch.positions * (1 + config.run.copies) + copy,
             seed=derived_seed(config.run.seed, f"points of {split}"), peak=peak, slots=config.run.slots,
-            compiled=self.compiled, on_done=self._report,
+            compiled=self.compiled, on_done=progress.add,
         )  # fmt: skip
         before = squared_errors(self.layout, Weights.unflatten(start, self.layout), coords, values)
         losses = torch.stack([before, fits.error], dim=1) * (2 / peak) ** 2
-        return replace(fits, weights=to_native(network, fits.weights)), losses
-
-    def _report(self, finished: int) -> None:
-        if self.stop.signal is not None:
-            raise Stopped
-        rate = self.bar.format_dict["rate"]
-        if rate:
-            self.bar.set_postfix_str(f"{60 * rate:,.0f} fits/minute", refresh=False)
-        self.bar.update(finished)
-
-
-def signals(split: Split, task: ShardTask) -> Iterator[Batch]:
-    """The signals of a shard, in batches that are the same whoever writes it."""
-    for batch in split.batches(batch_size=task.batch, start=task.start // task.batch):
-        if int(batch.positions[0]) >= task.stop:
-            return
-        yield batch
-
-
-def write_shards(fitter: Fitter, writer: WeightSetWriter, tasks: list[ShardTask], device: torch.device) -> None:
-    """Fit and write.
-
-    Raises:
-        Stopped: the shard that was being filled is left out.
-    """
-    changes, data = writer.description.augment, fitter.config.data
-    opened: dict[str, Split] = {}
-    for task in tasks:
-        split = opened.setdefault(task.split, open_configured(data, task.split, device))
-        found = 0
-        with writer.shard(task) as shard:
-            for batch in signals(split, task):
-                found += len(batch)
-                keys = [str(split.locate(position).get("key", "")) for position in batch.positions.tolist()]
-                for copy in range(1 + task.copies):
-                    seen = batch
-                    if copy:
-                        seed, padding = changes["seed"], changes["padding"]
-                        seen = augment(batch, changes["kind"], seed=seed, epoch=copy, padding=padding)
-                    fits, losses = fitter(seen, task.split, copy)
-                    quality = networks_psnr(writer.description.layout, writer.stored(fits.weights), seen)
-                    shard.add(
-                        fits.weights, labels=batch.labels, index=batch.positions, psnr=quality, losses=losses,
-                        copy=copy, keys=keys, steps=fits.steps,
-                    )  # fmt: skip
-            shard.skipped = task.stop - task.start - found
-    for split in opened.values():
-        if skipped := split.bad.report():
-            print(f"warning: {skipped}", file=sys.stderr)
+        return Fitted(weights=to_native(network, fits.weights), losses=losses, steps=fits.steps)
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -271,31 +206,6 @@ def show(manifest: Manifest, target: float | None) -> None:
     print(f"\nWritten: {manifest.folder}\nCheck it with:  python -m data_pipes.verify {manifest.folder}")
 
 
-def make_set(
-    config: FitSetConfig, info: DatasetInfo, writer: WeightSetWriter, counts: dict[str, int], accelerator: Accelerator
-) -> Manifest | None:
-    """Write what is missing of the set, together with the other processes; None in all but the first of them."""
-    rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    device, layout = accelerator.device, writer.description.layout
-    with StopRequested() as stop, writer:
-        if main:
-            announce(config, writer, counts, device)
-        accelerator.wait_for_everyone()  # the folder is there
-        tasks, compiled = writer.missing(rank=rank, world=world), pays(config, info, writer, device)
-        accelerator.wait_for_everyone()  # all know their share before anybody writes
-        total, what = sum(task.count for task in tasks), f"process 1 of {world}" if world > 1 else None
-        with tqdm(total=total, unit="fit", desc=what, dynamic_ncols=True, disable=None if main else True) as bar:
-            fitter = Fitter(config=config, layout=layout, compiled=compiled, stop=stop, bar=bar)
-            try:
-                write_shards(fitter, writer, tasks, device)
-            except Stopped as error:
-                print(f"\nStopped; {len(writer.tasks) - len(writer.missing())} of {len(writer.tasks)} shards of "
-                      f"{writer.out} are finished. The same command goes on.", file=sys.stderr)  # fmt: skip
-                raise SystemExit(stop.exit_status) from error
-        accelerator.wait_for_everyone()
-        return writer.finish() if main else None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Fit; see the module's text. Returns the exit status."""
     arguments, config = parse(argv)
@@ -312,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     device = runtime.choose_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # who has fewer shards waits for the others
-    accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patient])
+    accelerator = patient_accelerator(cpu=device.type == "cpu")
     if arguments.debug and config.run.out == DEBUG_OUT and accelerator.is_main_process:
         shutil.rmtree(DEBUG_OUT, ignore_errors=True)
     info = read_info(config.data.path, schemes=config.data.schemes)
@@ -328,7 +237,9 @@ def main(argv: list[str] | None = None) -> int:
         config.run.out, description, counts, base=base, batch=min(networks, 1024) // (1 + config.run.copies) or 1,
         shard_bytes=networks * description.network_bytes, main=accelerator.is_main_process,
     )  # fmt: skip
-    manifest = make_set(config, info, writer, counts, accelerator)
+    device, compiled = accelerator.device, pays(config, info, writer, accelerator.device)
+    fitter = Fitter(config=config, layout=writer.description.layout, compiled=compiled)
+    manifest = make_set(writer, config.data, fitter, accelerator, lambda: announce(config, writer, counts, device))
     if manifest is not None:
         show(manifest, config.fit.target_psnr)
     return 0
