@@ -98,7 +98,7 @@ def task_table(board: Board, task: str, beside: Board | None) -> str:
     head, *lines = task_lines(board, task, beside)
     rows = []
     for entry, (rank, model, *words) in zip(board.ranked(task), lines, strict=True):
-        values = [entry.mean(name) for name in board.columns]
+        values = [entry.mean(name) if name != board.metric or not entry.lost else None for name in board.columns]
         values += [beside.score(entry.model, task)] if beside else []
         cells = [cell(rank, board.ranks.get((entry.model, task))), cell(model)]
         cells += [cell(word, value, number=True) for word, value in zip(words, values, strict=True)]

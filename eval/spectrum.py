@@ -180,6 +180,15 @@ def run_section(run: FitRun, config: SpectrumConfig, device: torch.device) -> tu
     return section(name, text, body), content
 
 
+def exit_status(studies: list[Study]) -> int:
+    """0 if anything has come of a model, or none was asked for; else as `mwt.runtime.run_program` has it: 3 where no
+    model is defined, 4 where all have diverged, 1 for some of each."""
+    ends = {item.outcome for item in studies}
+    if not ends or "" in ends:
+        return 0
+    return {"not defined": 3, "not finite": 4}.get(ends.pop(), 1) if len(ends) == 1 else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compute, print and write; see the module's text. Returns the exit status."""
     arguments = parse(argv)
@@ -226,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     write_text(arguments.out / "spectrum.html", html)
     write_json(arguments.out / "result.json", content)
     print(f"\nWritten: {arguments.out}/spectrum.html ({len(html) / 2**20:.1f} MiB; open it in a browser), result.json")
-    return 1 if studies and all(item.problem for item in studies) else 0
+    return exit_status(studies)
 
 
 if __name__ == "__main__":

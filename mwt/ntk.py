@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, vjp, vmap
 
 from mwt.errors import InputError, TrainingError
+from mwt.fields.activations import Finer
 from mwt.fields.field import Field
 from mwt.fields.layers import BatchNorm
 from mwt.fields.tiled import TileLinear
@@ -34,6 +35,8 @@ def jacobian(
 
     Computed in `dtype`, whatever the precision of the field; as in training: a clamped output is not clamped. With
     batch normalisation a value depends on all points, and so do its derivatives: they are those of the whole set.
+    FINER's are the whole ones, also where training leaves a factor out of its gradient (`detach_scale`): a kernel is
+    one of the function.
 
     Raises:
         InputError: a field with copies.
@@ -44,7 +47,10 @@ def jacobian(
     fixed = {name: value.to(dtype) if value.is_floating_point() else value for name, value in field.named_buffers()}
     coords = coords.to(dtype)
     training = field.training
+    detached = [module for module in field.modules() if isinstance(module, Finer) and module.detach]
     field.train()
+    for layer in detached:
+        layer.detach = False
     try:
         if any(isinstance(module, BatchNorm) for module in field.modules()):
             parts = _together(field, own, fixed, coords, rows)
@@ -59,6 +65,8 @@ def jacobian(
 
             parts = vmap(jacrev(value), in_dims=(None, 0))(own, coords[rows])
     finally:
+        for layer in detached:
+            layer.detach = True
         field.train(training)
     return torch.cat([part.reshape(*part.shape[:2], -1) for part in parts.values()], dim=2)
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageSequence
 from scipy import stats
 
 from eval import spectrum
-from eval.spectrum import main
+from eval.spectrum import exit_status, main
 from mwt.config_files import load_config
 from mwt.errors import InputError, NotDefinedError, TrainingError
 from mwt.fields import Field, Frame, build_field, load_field
@@ -151,11 +151,25 @@ def test_correlations_of_known_orders() -> None:
 
 def test_a_fit_that_is_not_finite_is_told_of(tmp_path: Path) -> None:
     options = [*SMALL, "optim.lr=1e30", "field.mlp.activation.name=relu"]
-    assert main(["--models", "config", "--out", str(tmp_path), *options]) == 1
+    assert main(["--models", "config", "--out", str(tmp_path), *options]) == 4
     (model,) = result(tmp_path)["models"]
     assert model["problem"].startswith("not finite")
     assert model["final"] == {}
     assert "not finite" in check_page(tmp_path / "spectrum.html")
+
+
+def test_what_came_of_the_models_is_the_exit_status() -> None:
+    """A grid of spectra tells by it what has diverged and what is not defined from what has failed."""
+    ends = {"fine": "", "undefined": "not defined: no", "diverged": "not finite: at step 3"}
+    for names, status in ((("fine", "diverged"), 0), (("undefined",), 3), (("diverged",) * 2, 4),
+                          (("undefined", "diverged"), 1), ((), 0)):  # fmt: skip
+        assert exit_status([Study(name=name, problem=ends[name]) for name in names]) == status
+
+
+def test_a_signal_without_frequencies_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((40, 40), 77, np.uint8)).save(tmp_path / "grey.png")
+    with pytest.raises(InputError, match="the same everywhere"):
+        main(["--models", "config", "--out", str(tmp_path / "out"), *SMALL, f"signal.name={tmp_path / 'grey.png'}"])
 
 
 def test_one_kernel_that_is_not_finite_ends_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

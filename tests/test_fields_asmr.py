@@ -33,7 +33,7 @@ from mwt.signals.task import Task
 CPU = torch.device("cpu")
 BASES = {
     "sound": ((2, 3, 5),),
-    "picture": ((2, 3, 4), (3, 2, 5)),  # portrait: 24 x 30
+    "picture": ((2, 3, 4), (3, 2, 5)),
     "two layers": ((3, 4), (2, 5)),
     "volume": ((2, 3, 2), (3, 2, 2), (2, 2, 3)),
     "a level of ones": ((1, 3, 1, 2), (2, 1, 2, 3)),
@@ -241,6 +241,8 @@ def test_padding_is_counted(name: str) -> None:
 
 def test_given_bases() -> None:
     assert bases_for((512, 768), ((4, 4, 4, 8), (4, 4, 6, 8)), None) == ((4, 4, 4, 8), (4, 4, 6, 8))
+    assert bases_for((768, 512), ((4, 4, 4, 8), (4, 4, 6, 8)), None) == ((4, 4, 6, 8), (4, 4, 4, 8))  # portrait
+    assert bases_for((9, 768, 512), ((9,), (512,), (768,)), None) == ((9,), (768,), (512,))
     assert bases_for((64, 60), ((4, 4, 4),), None) == ((4, 4, 4),) * 2
     with pytest.raises(InputError, match=r"\[4, 4\] count to 16, and axis 1 has 17 samples; 3 x 6 would do"):
         bases_for((16, 17), ((4, 4),), None)
@@ -299,6 +301,7 @@ def test_round_trip_on_disk(copies: int | None, tmp_path: Path) -> None:
 # ---- what is not defined -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning")  # torch's own, where forward mode begins
 def test_places_that_are_no_samples_are_refused() -> None:
     field = build(BASES["picture"])
     for place in ([0.0, 0.0], [-1.0, 1.001], [-1.1, 1.0], [float("nan"), 1.0], [1.0 + 2 / 23, 1.0]):
@@ -306,6 +309,15 @@ def test_places_that_are_no_samples_are_refused() -> None:
             field(torch.tensor([[1.0, 1.0], place], dtype=torch.float64))
     with pytest.raises(NotDefinedError, match="no gradient with respect to coordinates"):
         field(coordinates(field.size).requires_grad_())
+    seen = coordinates(field.size)
+    field(seen)  # now known to be the whole grid
+    with pytest.raises(NotDefinedError, match="no gradient with respect to coordinates"):
+        field(seen.requires_grad_())
+    for derivative in (torch.func.jacrev, torch.func.jacfwd):
+        with pytest.raises(NotDefinedError, match="no gradient with respect to coordinates"):
+            derivative(field)(coordinates(field.size)[:2])
+    with pytest.raises(NotDefinedError, match="no gradient with respect to coordinates"):
+        torch.func.jvp(field, (coordinates(field.size),), (torch.ones(24 * 30, 2, dtype=torch.float64),))
     with pytest.raises(InputError, match=r"takes coordinates \[P, 2\]"):
         field(torch.zeros(4, 3, dtype=torch.float64))
     assert issubclass(NotDefinedError, InputError)

@@ -322,6 +322,7 @@ def test_configuration(tmp_path: Path) -> None:
         ({"basis": "rbf", "order": 2}, "kan.order is set"),
         ({"basis": "rbf", "frequencies": 2}, "kan.frequencies is set"),
         ({"basis": "rbf", "size": 1}, "rbf needs at least 2 centres"),
+        ({"basis": "fibonacci", "size": 1}, "fibonacci needs at least 2"),
         ({"grid_range": (1.0, 0.0)}, "kan.grid_range must be two numbers"),
         ({"width": 1}, "kan.width is 1; it must be at least 2"),
     ],

@@ -108,14 +108,15 @@ def test_equal_models_share_places_and_what_came_to_nothing_is_last() -> None:
     entries[1] = replace(entries[1], seeds=3)
     columns = {"x": {"title": "x", "path": "x", "decimals": 1, "average": True}}
     board = Board(title="", scale="", notes="", columns=columns, entries=tuple(entries), claimed=())
-    numbers = np.array([5.0, 7.0, 5.0, 1.0])
+    numbers = np.array([5.0, 5.0, 1.0])  # b has lost a seed: what the others reached is not its rank
     by_hand = [1 + (numbers > own).sum() + ((numbers == own).sum() - 1) / 2 for own in numbers]
-    assert [board.ranks[model, "one"] for model in "abcd"] == by_hand == [2.5, 1, 2.5, 4]
-    assert [board.mean_rank(model) for model in "abcdefgh"] == [2.5, 1, 2.5, 4, 5.5, 5.5, None, None]
+    assert [board.ranks[model, "one"] for model in "acd"] == by_hand == [1.5, 1.5, 3]
+    assert [board.mean_rank(model) for model in "abcdefgh"] == [1.5, 5, 1.5, 3, 5, 5, None, None]
+    assert board.score("b", "one") is None
     shown = {line[1]: (line[0], line[2]) for line in task_lines(board, "one")[1:]}
-    assert (shown["a"], shown["b"]) == (("2.5", "5.0"), ("1", "7.0 ± 0.0 (2 of 3 seeds, diverged)"))
+    assert (shown["a"], shown["b"]) == (("1.5", "5.0"), ("", "7.0 ± 0.0 (2 of 3 seeds, diverged)"))
     assert [shown[model] for model in "efgh"] == [("", ends[model]) for model in "efgh"]
-    assert [line[0] for line in overview_lines(board)[1:]] == list("bacdefgh")
+    assert [line[0] for line in overview_lines(board)[1:]] == list("acdbefgh")
     assert [line[2] for line in overview_lines(board)[1:]] == ["2 of 2"] * 6 + ["0 of 2"] * 2
 
 

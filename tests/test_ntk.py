@@ -12,6 +12,7 @@ from torch import Tensor
 from mwt import ntk
 from mwt.errors import InputError, TrainingError
 from mwt.fields import Field, FieldConfig, build_field, list_activations, list_encodings
+from mwt.fields.activations import Finer
 from mwt.fields.config import ActivationConfig, EncodingConfig, MFNConfig, MLPConfig
 from mwt.fields.config_kan import KANConfig
 from mwt.fields.config_tiled import ExpertsConfig, TiledConfig
@@ -29,7 +30,7 @@ def small(name: str) -> EncodingConfig:
 
 def mlp(activation: str = "sine", encoding: str = "identity", *, dims: int = 2, channels: int = 1, **settings) -> Field:
     block = MLPConfig(
-        activation=ActivationConfig(name=activation, detach_scale=False),
+        activation=ActivationConfig(name=activation),
         encoding=small(encoding),
         **{"width": 6, **settings},
     )
@@ -121,6 +122,7 @@ def test_finite_differences(activation: str, encoding: str) -> None:
     wanted = torch.stack(columns, dim=-1)
     assert ours.shape == (4, 2, field.num_parameters)
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5 * float(wanted.abs().max()))
+    assert all(module.detach for module in field.modules() if isinstance(module, Finer))  # training is as before
 
 
 def test_a_kernel_of_several_outputs_is_the_sum_over_them() -> None:

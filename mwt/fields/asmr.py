@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 from torch.func import debug_unwrap
 from torch.nn import functional as F
 
@@ -248,13 +249,13 @@ class ASMR(Field):
     # ---- which samples coordinates are -------------------------------------------------------------------------------
 
     def _plan(self, coords: Tensor) -> Plan:
-        if self._whole is not None and self._whole[0]() is coords and self._whole[1] == coords._version:
-            return None
-        if coords.requires_grad:
+        if coords.requires_grad or unpack_dual(coords).tangent is not None:
             raise NotDefinedError(
                 "A field of name=asmr has no gradient with respect to coordinates: it knows the numbers of samples, "
                 "and nothing between them."
             )
+        if self._whole is not None and self._whole[0]() is coords and self._whole[1] == coords._version:
+            return None
         numbers = self._numbers(coords)
         if coords.ndim > 2 or _hidden_axes(coords):
             return numbers

@@ -23,6 +23,9 @@ PADDING, ENOUGH = 8.0, 0.5
 def bases_for(size: tuple[int, ...], given: Bases | None, layers: int | None) -> Bases:
     """The given bases, or those that `choose_bases` finds, for each axis of `size`.
 
+    Given ones for each axis that fit only with the last two axes exchanged are exchanged: those for pictures of
+    512 x 768 do for 768 x 512 too.
+
     Raises:
         InputError: given ones that do not fit the number of axes or the size.
     """
@@ -33,6 +36,9 @@ def bases_for(size: tuple[int, ...], given: Bases | None, layers: int | None) ->
             f"asmr.bases has {len(given)} lists for {len(size)} axes; give 1, or one per axis, as [[4, 4, 4, 8]]."
         )
     bases = given * (len(size) // len(given))
+    turned = (*bases[:-2], *bases[-2:][::-1])
+    if not _enough(bases, size) and _enough(turned, size):
+        bases = turned
     for axis, (samples, own) in enumerate(zip(size, bases, strict=True)):
         if math.prod(own) < samples:
             hint = " x ".join(map(str, choose_bases(samples, len(own))))
@@ -41,6 +47,10 @@ def bases_for(size: tuple[int, ...], given: Bases | None, layers: int | None) ->
                 f"{hint} would do."
             )
     return bases
+
+
+def _enough(bases: Bases, size: tuple[int, ...]) -> bool:
+    return all(math.prod(own) >= samples for samples, own in zip(size, bases, strict=True))
 
 
 @cache

@@ -304,3 +304,5 @@ def _check(config: KANConfig, basis: Basis) -> None:
         raise InputError(f"kan.{unknown[0]} is set, but kan.basis is {name}, which has none.")
     if basis.family == "spline" and name != "bspline" and config.size == 1:
         raise InputError(f"kan.size is 1; {name} needs at least 2 centres.")
+    if name == "fibonacci" and config.size == 1:
+        raise InputError("kan.size is 1; fibonacci needs at least 2, for F_0 is 0 and F_1 the constant 1.")

@@ -38,6 +38,11 @@ class Entry:
     runs: tuple[Path, ...]
     """Run directories of its seeds that have a result."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether it, or one of its seeds, has come to nothing: what the others reached is no result of the model."""
+        return self.outcome in LOST
+
     def mean(self, column: str) -> float | None:
         """Over seeds; None without any."""
         return statistics.fmean(found) if (found := self.numbers.get(column, {}).values()) else None
@@ -104,14 +109,15 @@ class Board:
         return {(entry.model, entry.task): entry for entry in self.entries}
 
     def score(self, model: str, task: str) -> float | None:
-        """The metric's mean over seeds; None where there is none."""
+        """The metric's mean over seeds; None where there is none, or a seed has come to nothing."""
         entry = self.by_place.get((model, task))
-        return None if entry is None else entry.mean(self.metric)
+        return None if entry is None or entry.lost else entry.mean(self.metric)
 
     def ranked(self, task: str) -> list[Entry]:
         """The task's entries, best first; those without a number at the end."""
-        own = [entry for entry in self.entries if entry.task == task]
-        return sorted(own, key=lambda entry: -(score if (score := entry.mean(self.metric)) is not None else -np.inf))
+        own = {entry.model: entry for entry in self.entries if entry.task == task}
+        scores = {model: self.score(model, task) for model in own}
+        return sorted(own.values(), key=lambda entry: np.inf if (score := scores[entry.model]) is None else -score)
 
     @cached_property
     def ranks(self) -> dict[tuple[str, str], float]:
@@ -121,7 +127,9 @@ class Board:
         found: dict[tuple[str, str], float] = {}
         for task in self.tasks:
             scores = {
-                entry.model: score for entry in self.ranked(task) if (score := entry.mean(self.metric)) is not None
+                entry.model: score
+                for entry in self.ranked(task)
+                if (score := self.score(entry.model, task)) is not None
             }
             places = rankdata([-score for score in scores.values()])
             found |= {(model, task): float(place) for model, place in zip(scores, places, strict=True)}
@@ -137,7 +145,7 @@ class Board:
         """The same of those that have come to nothing (LOST): on each task they share the places after the last."""
         found: dict[tuple[str, str], float] = {}
         for task in self.tasks:
-            own = [entry for entry in self.ranked(task) if entry.mean(self.metric) is None and entry.outcome in LOST]
+            own = [entry for entry in self.ranked(task) if entry.lost]
             last = sum(place[1] == task for place in self.ranks)
             found |= {(entry.model, task): last + (len(own) + 1) / 2 for entry in own}
         return found
@@ -318,9 +326,9 @@ def markdown_table(lines: Sequence[Sequence[str]], words: int = 2) -> str:
 
 MEAN_RANK = (
     "Models with equal numbers share the mean of their places. What has diverged or failed, or ran out of memory or "
-    "time, shares the last places of its task; what is not defined on a task, or still open, has no rank there. A mean "
-    "rank is over the tasks that a model has a rank in, whose number stands beside it: models with all of them come "
-    "first, and means over other tasks cannot be compared with theirs."
+    "time, with any of its seeds, shares the last places of its task; what is not defined on a task, or still open, "
+    "has no rank there. A mean rank is over the tasks that a model has a rank in, whose number stands beside it: "
+    "models with all of them come first, and means over other tasks cannot be compared with theirs."
 )
 
 

@@ -55,7 +55,7 @@ def settled(jobs: Path, job: Job) -> bool:
 
 
 def look_up(content: Any, path: str) -> float | None:
-    """The number at a dotted path in what JSON brought; None where there is none, or NaN."""
+    """The number at a dotted path in what JSON brought; None where there is none, or none that is finite."""
     for key in path.split("."):
         if isinstance(content, dict) and key in content:
             content = content[key]
@@ -63,7 +63,7 @@ def look_up(content: Any, path: str) -> float | None:
             content = content[int(key)]
         else:
             return None
-    return float(content) if isinstance(content, (int, float)) and not math.isnan(content) else None
+    return float(content) if isinstance(content, (int, float)) and math.isfinite(content) else None
 
 
 def measure(column: ColumnConfig, file: str, job: Job, jobs: Path) -> float | None:

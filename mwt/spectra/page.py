@@ -132,7 +132,7 @@ def study_table(studies: Sequence[Study]) -> Table:
     for study in studies:
         first = study.looks[0].summary if study.looks else {}
         cells = [study.name, f"{study.parameters:,}", *(number(study.final.get(key), 4) for key in finals)]
-        rows.append([*cells, *(number(first.get(key)) for key in keys), study.problem.partition(":")[0]])
+        rows.append([*cells, *(number(first.get(key)) for key in keys), study.outcome])
     return ["model", "parameters", *(key.replace("_", " ") for key in finals), *(TITLES[key] for key in keys), ""], rows
 
 

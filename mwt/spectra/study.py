@@ -28,6 +28,8 @@ from mwt.spectra.config import SpectrumRunConfig, SpectrumSignalConfig
 
 LARGEST_KERNEL = 4096
 """Points; the kernel of more takes gigabytes, and its eigenvalues hours."""
+ROUNDING = 1e-12
+"""Energy beside the mean, as a share of all, that a constant picture, made smaller in float32, stays below."""
 PRESENT = 1e-6
 """A frequency with less than this share of the signal's energy is none of its frequencies."""
 FLAT = 1e-4
@@ -150,6 +152,11 @@ class Study:
     problem: str = ""
     """Why there is nothing in the end: not finite, or not defined."""
 
+    @property
+    def outcome(self) -> str:
+        """`problem` in two words: not defined, not finite, stopped; empty where there is none."""
+        return self.problem.partition(":")[0]
+
     def learned(self, threshold: float = 0.5) -> list[int | None]:
         """For each frequency the first recorded step from which its error stays below `threshold`."""
         found: list[int | None] = []
@@ -211,6 +218,10 @@ def study(
     power = ntk.power_by_frequency(task.values[0], task.size).sum(1)
     present = power > PRESENT * power[1:].sum().clamp_min(1e-300)
     present[0] = False  # the mean is no frequency
+    if not float(power[1:].sum()) > ROUNDING * float(power.sum()):
+        raise InputError(
+            f"{task.names[0]} is the same everywhere: it has no frequencies to follow; choose another signal."
+        )
     result.frequencies = present.nonzero()[:, 0].tolist()
     fit = SignalFit(task, fields, optim, run.seed, run.records)
     recorded = evaluation_steps(optim.steps, run.records)
