@@ -163,7 +163,7 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
         if panels:
             from mwt.plots import family_figure, figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
-            if plot.group in grid.groups():
+            if plot.group in grid.groups() and not plot.kinds:
                 [(_, curves)] = panels
                 figure = tradeoff_figure(curves, xlabel=titles[0], ylabel=titles[1], line=plot.line, log_x=plot.log_x)
             else:

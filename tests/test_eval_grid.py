@@ -93,12 +93,14 @@ columns:
   percent: {title: "percent", stage: make, file: judged.json, path: share, factor: 100}
   pace: {title: pace, stage: make, file: log.jsonl, path: seconds, per: epoch, average: false, decimals: 1}
   wall: {title: "wall, s", stage: make, path: seconds, average: false}
+  share: {title: "over 0.1's", stage: make, file: result.json, path: mean|score|score.mean, over: "0.1"}
 """
 PLOTS = """
 plots:
   - {name: tradeoff, group: Rate, x: percent, y: score}
   - {name: family, group: "*t*", y: score, x: percent, log_x: true}
   - {name: panels, group: "R* | *t*", y: score, x: percent}
+  - {name: kinds, group: Rate, y: score, x: percent, kinds: true}
 """
 
 
@@ -167,6 +169,9 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
         walls = [records[f"Rate: {lr}, seed {seed}: make"]["seconds"] for seed in (0, 1)]
         assert float(row["wall_mean"]) == pytest.approx(sum(walls) / 2)
         assert (row["problems"], row["open"]) == ("", "")
+    ratios = [rows[name]["share_mean"] for name in rows]  # scores 1 and 2; 3 and 4; no such row in its group
+    assert [float(ratio) for ratio in ratios[:2]] == pytest.approx([1, (3 / 1 + 4 / 2) / 2])
+    assert ratios[2] == ""
     assert (rows["Rate", "0.3"]["score_paper"], rows["Rate", "0.3"]["score_paper_sd"]) == ("3.5", "0.2")
     text = (toys.parent / "out" / "table.md").read_text()
     assert "# Toys (scale small)" in text
@@ -189,6 +194,8 @@ def test_a_grid_of_rows_and_seeds_becomes_a_table(toys: Path, capsys: pytest.Cap
         width = image.size[0]
     with Image.open(toys.parent / "out" / "panels.png") as image:
         assert image.size[0] > 1.5 * width  # a panel for each pattern
+    with Image.open(toys.parent / "out" / "kinds.png") as image:
+        assert image.size == (width, image.size[1])
     assert "[8/8]" in said.out
     assert "3.50 ± 0.71" in said.out
 

@@ -110,6 +110,9 @@ class ColumnConfig:
     that has one."""
     per: str = ""
     """Where the number is, likewise, that it is divided by."""
+    over: str = ""
+    """A kind of row, such as SIREN: the number is divided by that of the row of this kind in the group, the one that is
+    called the same otherwise ("SIREN, 3 layers" for "ASMR, 3 layers"), else the first. Blank where there is none."""
     factor: float = 1.0
     decimals: int = 2
     optional: bool = False
@@ -131,6 +134,8 @@ class PlotConfig:
     line: bool = True
     """One group: join the rows in their order."""
     log_x: bool = False
+    kinds: bool = False
+    """One group: a curve for each kind of row, its name up to a comma, the paper's beside ours."""
 
     @property
     def panels(self) -> list[str]:

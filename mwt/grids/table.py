@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,24 @@ class Row:
 
 def collect(grid: GridConfig, cells: list[Cell], jobs: Path) -> list[Row]:
     """The rows, from the records and run directories in `jobs`."""
-    return [_row(grid, cell, jobs) for cell in cells]
+    rows = [_row(grid, cell, jobs) for cell in cells]
+    return [replace(row, values={name: _compared(grid, name, row, rows) for name in grid.columns}) for row in rows]
+
+
+def _compared(grid: GridConfig, name: str, row: Row, rows: list[Row]) -> dict[int, float]:
+    """The numbers of a column; where it is relative, over those of the row that it names."""
+    own, over = row.values[name], grid.columns[name].over
+    if not over:
+        return own
+    others = [other for other in rows if other.cell.group == row.cell.group and kind(other) == over]
+    alike = [other for other in others if other.cell.label.partition(",")[2] == row.cell.label.partition(",")[2]]
+    base = next((other.values[name] for other in [*alike, *others]), {})
+    return {seed: value / base[seed] for seed, value in own.items() if base.get(seed)}
+
+
+def kind(row: Row) -> str:
+    """What rows that differ in a number alone have in common: ASMR, of "ASMR, 3 layers"."""
+    return row.cell.label.partition(",")[0]
 
 
 def _row(grid: GridConfig, cell: Cell, jobs: Path) -> Row:
@@ -150,13 +167,18 @@ def points(rows: list[Row], plot: PlotConfig, pattern: str) -> list[tuple[str, l
     """The paper's curve and ours for a plot, or ours of each group that fits: label, x and y of each row."""
     paper: list[tuple[str, float, float]] = []
     ours: dict[str, list[tuple[str, float, float]]] = {}
+    kinds: dict[str, list[tuple[str, float, float]]] = {}
     for row in (row for row in rows if fnmatch.fnmatchcase(row.cell.group, pattern)):
         theirs = [row.cell.paper.get(name) for name in (plot.x, plot.y)]
         if theirs[0] and theirs[1]:
             paper.append((row.cell.label, theirs[0][0], theirs[1][0]))
+            kinds.setdefault(f"{kind(row)}, paper", []).append(paper[-1])
         x, y = row.mean(plot.x), row.mean(plot.y)
         if x is not None and y is not None:
             ours.setdefault(row.cell.group, []).append((row.cell.label, x, y))
+            kinds.setdefault(kind(row), []).append((row.cell.label, x, y))
+    if plot.kinds:
+        return sorted(kinds.items())
     if (pattern in ours and len(plot.panels) == 1) or not ours:
         return [("paper", paper), ("ours", ours.get(pattern, []))]
     return list(ours.items())
