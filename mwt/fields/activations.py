@@ -92,7 +92,7 @@ class Activation(nn.Module):
             setattr(self, name, nn.Parameter(draws.full(value)))
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         """How fast it changes with z: the frequency of a wave, or one over a width; 0 where it has neither.
 
         Args:
@@ -183,7 +183,7 @@ class SuperGaussian(Activation):
     defaults: ClassVar = {"a": 1.0, "b": 1.0}
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         """s of the Gaussian exp(-(s z)^2) that it is."""
         return math.sqrt(values["b"] / 2) / values["a"]
 
@@ -196,7 +196,7 @@ class Laplacian(Activation):
     derivatives = 1
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         return 1 / values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class Quadratic(Activation):
     defaults: ClassVar = {"a": 1.0}
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         return values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ class MultiQuadratic(Activation):
     defaults: ClassVar = {"a": 1.0}
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         return values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class ExpSin(Activation):
     defaults: ClassVar = {"a": 1.0}
 
     @classmethod
-    def frequency(cls, values: dict[str, float]) -> float:
+    def steepness(cls, values: dict[str, float]) -> float:
         return values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
