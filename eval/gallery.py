@@ -3,8 +3,9 @@
     python -m eval.gallery --runs runs/fit/* --out runs/fit/index.html
     python -m eval.gallery --runs runs/fit/* --out page.html --title "My fits" --floor image.psnr=30 audio.snr=25
 
-The page holds everything in itself. `--floor TASK.METRIC=NUMBER` marks what lies below, and the exit status is then 1.
-A floor `TASK.METRIC=BASELINE+NUMBER` is so much above the baseline of that name.
+The page holds everything in itself. `--floor TASK.METRIC=NUMBER` marks what lies below, and the exit status is then 1,
+as it is where no finished run is of this task. A floor `TASK.METRIC=BASELINE+NUMBER` is so much above the baseline of
+that name.
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ def shown(path: Path) -> str:
 def files_of(run: FitRun) -> list[Path]:
     """What a person looks at first: reconstructions, what moves before single frames; then the film, curves."""
     inside = [path for path in sorted((run.folder / "reconstruction").glob("*")) if path.suffix.lower() in WAYS_TO_SHOW]
-    films = (path for path in inside if path.suffix.lower() == ".gif")
-    # Of a video there are as many frames as it has; its film comes before them, and before the film of its error.
-    first = sorted(films, key=lambda path: path.stem.endswith(".error"))
+    films = sorted(
+        (path for path in inside if path.suffix.lower() == ".gif"), key=lambda path: path.stem.endswith(".error")
+    )
+    # Of a video there are as many frames as it has; before them come its film, that of its error, and the frames' PSNR.
+    first = [*films, *(path for path in inside if films and path.name == "psnr.png")]
     inside = [*first, *(path for path in inside if path not in first)]
     others = [run.folder / name for name in ("progress.gif", "curves.png")]
     return inside[:SHOWN] + [path for path in others if path.is_file()]
@@ -121,7 +124,7 @@ def numbers(run: FitRun, floors: list[Floor]) -> tuple[str, list[str]]:
     for floor in floors:
         if floor.task == run.config.task:
             got, wanted = result["final"].get(floor.metric), floor.wanted(result)
-            if got is None or got < wanted:
+            if got is None or not got >= wanted:  # nor is NaN
                 low.append(
                     f"{floor.metric} is {got if got is None else f'{got:.2f}'}; at least {wanted:.2f} was wanted"
                 )
@@ -187,7 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nWritten: {arguments.out} ({arguments.out.stat().st_size / 2**20:.1f} MiB); open it in a browser.")
     for folder, lines in low.items():
         print(f"below its floor: {folder}: {'; '.join(lines)}", file=sys.stderr)
-    return 1 if low else 0
+    without = [text for text, floor in zip(arguments.floor, floors, strict=True) if floor.task not in metrics]
+    if without:
+        tasks = ", ".join(sorted(metrics))
+        print(f"floors without a finished run: {', '.join(without)}; the runs are of {tasks}.", file=sys.stderr)
+    return 1 if low or without else 0
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from mwt.errors import InputError
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial a s + b s^3 + c s^5 that `newton_schulz` applies to the singular values (Jordan 2024)."""
 
-LAYOUTS = ("out_in", "in_out", "complex_in_out", "conv", "qkv")
+LAYOUTS = ("out_in", "in_out", "complex_in_out", "conv", "stack", "qkv")
 """How a parameter holds its matrices. out_in, in_out: a matrix [out, in] (`nn.Linear`) or [in, out], or a stack of them
 whose leading axes are independent networks. complex_in_out: the same of complex numbers as pairs, [in, out, 2]. conv: a
-kernel [out, in, *space], one matrix [out, in * space]. qkv: rows of queries, keys and values, three matrices of equal
-size [3 * out, in]. None: one matrix [out, in], nothing else."""
+kernel [out, in, *space], one matrix [out, in * space]. stack: the same kernel, a matrix [out, in] for each of its taps
+(places). qkv: rows of queries, keys and values, three matrices of equal size [3 * out, in]. None: one matrix [out, in],
+nothing else."""
 
 ADJUST: dict[str, Callable[[int, int], float]] = {
     "original": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
@@ -92,6 +93,8 @@ def as_matrices(tensor: Tensor, layout: str | None) -> Tensor:
             return torch.view_as_complex(tensor).mT
         case "conv":
             return tensor.flatten(1)
+        case "stack":
+            return tensor.flatten(2).movedim(-1, 0)
         case "qkv":
             return tensor.unflatten(-2, (3, -1))
     return tensor
@@ -104,6 +107,8 @@ def _from_matrices(matrices: Tensor, layout: str | None, shape: torch.Size) -> T
             return matrices.mT
         case "complex_in_out":
             return torch.view_as_real(matrices.mT.resolve_conj())
+        case "stack":
+            return matrices.movedim(0, -1).reshape(shape)
     return matrices.reshape(shape)
 
 
@@ -124,10 +129,11 @@ def check_layout(name: str, parameter: Tensor, layout: str | None) -> None:
     if layout is None and ndim > 2:
         raise InputError(
             f"Muon: {name} {shape} has {ndim} axes; say in its group which are the matrices: layout='out_in' or "
-            "'in_out' for a stack of matrices, 'conv' for a kernel [out, in, *space]."
+            "'in_out' for a stack of matrices; for a kernel [out, in, *space] 'conv', one matrix, or 'stack', one for "
+            "each tap."
         )
-    if layout == "conv" and ndim < 3:
-        raise InputError(f"Muon: layout='conv', but {name} {shape} is no kernel [out, in, *space].")
+    if layout in ("conv", "stack") and ndim < 3:
+        raise InputError(f"Muon: layout={layout!r}, but {name} {shape} is no kernel [out, in, *space].")
     if layout == "complex_in_out" and (ndim < 3 or shape[-1] != 2):
         raise InputError(f"Muon: layout='complex_in_out', but {name} {shape} does not end in pairs of numbers.")
     if layout == "qkv" and shape[-2] % 3:

@@ -28,4 +28,4 @@ def test_a_config_of_a_fit(path: Path) -> None:
     assert f"python -m train.fit --config configs/fit/{path.name}" in header
     assert re.search(r"^# Data: +\w", header, re.M)
     assert re.search(r"^# Time: +.*(second|minute| s )", header, re.M)
-    assert config.run.dir.startswith("runs/")
+    assert config.run.dir == f"runs/fit/{path.stem}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +16,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mwt.config_files import load_config, read_options
+from mwt.config_files import load_config
 from mwt.errors import InputError, NotDefinedError, TrainingError
-from mwt.fields import FieldConfig, Frame, build_field, evaluate, load_field
+from mwt.fields import FieldConfig, build_field, evaluate, load_field, save_field
+from mwt.fields.activations import make_activation
 from mwt.fields.config import ActivationConfig, EncodingConfig, InterpolatedGridConfig, MLPConfig
+from mwt.fields.layers import Initializer
 from mwt.fit_config import FitConfig, FitOptimConfig, MuonConfig
 from mwt.fit_groups import GroupedFit
 from mwt.fit_report import Film
@@ -134,6 +140,27 @@ SHARES = [
     ("sine", "identity", 0.03),
     ("gaussian", "identity", 0.03 * 6**0.5 / 30),
 ]
+
+
+def test_muon_s_share_is_that_of_the_gaussian_that_an_activation_is() -> None:
+    """Of the same function, and of others of the same slope or curvature at 0, or period."""
+
+    def share(name: str, **settings: float) -> float:
+        kind = ActivationConfig(name=name, **settings)
+        config = FieldConfig(mlp=MLPConfig(width=8, hidden_layers=1, activation=kind))
+        return build_field(config, coordinate_dims=2, channels=1, seed=0).relative_lr
+
+    z = torch.linspace(-0.1, 0.1, 41)
+    same = [{"name": "gaussian", "scale": 30.0}]
+    same += [{"name": "super_gaussian", "a": (b / 2) ** 0.5 / 30, "b": b} for b in (1.0, 4.0)]
+    for settings in same:
+        function = make_activation(ActivationConfig(**settings), Initializer(0))
+        torch.testing.assert_close(function(z), torch.exp(-900 * z**2))
+    found = [share(**settings) for settings in same]
+    assert found == pytest.approx([0.03 * 6**0.5 / 30] * 3)
+    for name, a in (("laplacian", 1 / 30), ("quadratic", 30.0), ("multi_quadratic", 30.0), ("expsin", 30.0)):
+        assert share(name, a=a) == pytest.approx(found[0]), name
+        assert share(name) == 0.03, name  # of width 1
 
 
 @pytest.mark.parametrize(("activation", "encoding", "share"), SHARES)
@@ -291,6 +318,37 @@ def test_the_program_leaves_everything(folder: Path, capsys: pytest.CaptureFixtu
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_fit_whose_files_could_not_be_written_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last step: before field/, then before best_field/. No step is made again; the outcome is the same."""
+    whole, out, failures = folder / "whole", folder / "run", [OSError(errno.ENOSPC, "full"), None, KeyboardInterrupt()]
+    arguments = [f"signal.path={folder}/0.png", "run.film=false", "run.curves=false", "run.ranks=false"]
+    assert run(*arguments, f"run.dir={whole}") == 0
+
+    def fail(*given: Any) -> None:
+        failure = failures.pop(0)
+        if failure is not None:
+            raise failure
+        save_field(*given)
+
+    monkeypatch.setattr("train.fit.save_field", fail)
+    with pytest.raises(OSError, match="full"):
+        run(*arguments, f"run.dir={out}")
+    monkeypatch.delattr(SignalFit, "make_step")
+    with pytest.raises(KeyboardInterrupt):
+        main(["--resume", f"run.dir={out}"])
+    assert not failures
+    assert not (out / "result.json").exists()
+    monkeypatch.setattr("train.fit.save_field", save_field)
+    assert main(["--resume", f"run.dir={out}"]) == 0
+    assert not (out / "checkpoint.safetensors").exists()
+    found, expected = (json.loads((path / "result.json").read_text()) for path in (out, whole))
+    assert found["signals"] == expected["signals"]
+    for name in ("field", "best_field"):
+        fields = (load_field(path / name)[0].state_dict() for path in (out, whole))
+        for a, b in zip(*(state.values() for state in fields), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_frames_of_a_film_are_small_on_disk_already(tmp_path: Path) -> None:
     """Of 1,000 x 500 points, black above and white below; a small one stays as it is."""
     film = Film(tmp_path / "film")
@@ -320,17 +378,20 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder: Path) -> None:
     np.testing.assert_array_equal(truths, [picture(1), picture(0)])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_config_can_be_run_as_its_header_says(path: Path) -> None:
-    config = load_config(FitConfig, path)
-    assert f"python -m train.fit --config configs/fit/{path.name}" in path.read_text()
-    assert config.run.dir == f"runs/fit/{path.stem}"
-    options = {key: value for key, value in config.signal.items() if key != "path"}
-    read_options(TASKS[config.task].Options, options, path.name)
-    size = {"asmr_image": (512, 512), "asmr_audio": (32_000,)}.get(path.stem, (8, 8, 8))
-    dims = len(size)
-    frame = Frame(kind="grid", axes=("t", "y", "x")[:dims], coordinate_range=((-1.0, 1.0),) * dims, size=size)
-    build_field(config.field, coordinate_dims=dims, channels=3, seed=0, frame=frame)
+def test_a_config_can_be_run_as_its_header_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that stands in it, word for word, on a small picture; what all configs say: test_configs_fit.py."""
+    path = CONFIGS / "denoising.yaml"
+    [line] = [line for line in path.read_text().splitlines() if "python -m train.fit" in line]
+    _, python, flag, program, *arguments = shlex.split(line)
+    assert (python, flag, program) == ("python", "-m", "train.fit")
+    monkeypatch.chdir(folder)
+    (folder / "configs/fit").mkdir(parents=True)
+    shutil.copy(path, folder / "configs/fit")
+    Image.fromarray(picture(0)).save("photo.png")
+    assert main(["--debug", *arguments, "signal.crop=16", "run.film=false", "run.curves=false"]) == 0
+    found = json.loads((folder / "runs/debug/result.json").read_text())
+    assert (found["task"], list(found["signals"])) == ("denoising", ["photo.png"])
+    assert set(found["baselines"]) == {"noisy", "total variation"}
 
 
 def test_macs_and_parameters_are_those_of_the_layers(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -53,7 +54,10 @@ def test_the_page_loads_nothing_and_is_well_formed(run: Path, tmp_path: Path) ->
 
 def test_floors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--runs", str(run), "--out", str(tmp_path / "page.html"), "--floor"]
-    assert main([*out, "denoising.psnr=1", "image.psnr=99"]) == 0
+    assert main([*out, "denoising.psnr=1"]) == 0
+    assert main([*out, "denoising.psnr=1", "image.psnr=1", "denosing.psnr=1"]) == 1
+    said = capsys.readouterr().err
+    assert "floors without a finished run: image.psnr=1, denosing.psnr=1; the runs are of denoising." in said
     assert main([*out, "denoising.psnr=noisy+90"]) == 1
     assert "at least" in capsys.readouterr().err
     assert 'class="low"' in (tmp_path / "page.html").read_text()
@@ -64,16 +68,26 @@ def test_floors(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         main([*out, "denoising"])
 
 
+def test_what_is_no_number_is_below_its_floor(run: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    result = json.loads((copied / "result.json").read_text())
+    result["final"]["psnr"] = float("nan")
+    (copied / "result.json").write_text(json.dumps(result))
+    assert main(["--runs", str(copied), "--out", str(tmp_path / "page.html"), "--floor", "denoising.psnr=1"]) == 1
+    assert "psnr is nan; at least 1.00 was wanted" in (tmp_path / "page.html").read_text()
+
+
 def test_a_film_is_shown_before_single_frames(run: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(run, tmp_path / "run")
     frame = next((copied / "reconstruction").glob("*.png"))
     for number in range(20):
         shutil.copy(frame, copied / "reconstruction" / f"{number:05d}.png")
+    shutil.copy(frame, copied / "reconstruction/psnr.png")
     for name in ("video.error.gif", "video.gif"):
         shutil.copy(copied / "progress.gif", copied / "reconstruction" / name)
     assert main(["--runs", str(copied), "--out", str(tmp_path / "page.html")]) == 0
     names = re.findall(r"<figcaption>([^<]+)</figcaption>", (tmp_path / "page.html").read_text())
-    assert names[:3] == ["video.gif", "video.error.gif", "00000.png"]
+    assert names[:4] == ["video.gif", "video.error.gif", "psnr.png", "00000.png"]
 
 
 def test_runs_that_are_none(run: Path, tmp_path: Path) -> None:

@@ -141,6 +141,22 @@ def test_kernels_and_packed_queries_keys_values() -> None:
     torch.testing.assert_close(packed, torch.cat(parts))  # each with the scale of its own, square, shape
 
 
+@pytest.mark.parametrize("space", [(3,), (3, 2)])
+def test_a_kernel_tap_by_tap(space: tuple[int, ...]) -> None:
+    """Each tap, a matrix [out, in], by the plain loop; as one matrix they would move otherwise."""
+    kernel, flat = (parameter(12, 5, *space, dtype=torch.float64) for _ in range(2))
+    start = kernel.detach().clone()
+    flat.data.copy_(start)
+    gradients = [torch.randn(kernel.shape, dtype=torch.float64) for _ in range(5)]
+    take_steps(muon(kernel, layout="stack", weight_decay=0.1), [[g] for g in gradients])
+    take_steps(muon(flat, layout="conv", weight_decay=0.1), [[g] for g in gradients])
+    for tap in np.ndindex(*space):
+        place = (slice(None), slice(None), *tap)
+        alone = plain_loop(start[place], [g[place] for g in gradients], lr=0.02, decay=0.1, nesterov=True)
+        torch.testing.assert_close(kernel.detach()[place], alone, rtol=0, atol=1e-13)
+    assert (kernel - flat).norm() > 0.1 * (kernel - start).norm()
+
+
 @pytest.mark.parametrize(("adjust", "scale"), [("original", 2**0.5), ("match_rms_adamw", 1.6), ("spectral", 2**0.5)])
 def test_singular_values_of_an_update(adjust: str, scale: float) -> None:
     """Of a matrix [64, 32] whose singular values lie within a factor of 10, by NumPy."""
@@ -298,8 +314,9 @@ def test_a_scaled_loss_gives_the_same_step_and_an_infinite_one_none() -> None:
     ("shape", "options", "message"),
     [((8,), {}, r"layer\.w \(8,\) is not a matrix"),
      ((4, 8, 8), {}, r"layer\.w \(4, 8, 8\) has 3 axes; say in its group"),
-     ((8, 8, 3, 3), {}, r"layer\.w .* has 4 axes.*'conv' for a kernel"),
+     ((8, 8, 3, 3), {}, r"layer\.w .* has 4 axes.*'stack', one for each tap"),
      ((8, 8), {"layout": "conv"}, r"layer\.w \(8, 8\) is no kernel"),
+     ((8, 8), {"layout": "stack"}, r"layout='stack', but layer\.w \(8, 8\) is no kernel"),
      ((8, 8), {"layout": "qkv"}, r"8 rows of layer\.w"),
      ((8, 8, 3), {"layout": "complex_in_out"}, r"layer\.w \(8, 8, 3\) does not end in pairs"),
      ((8, 8), {"layout": "rows"}, r"layout is 'rows' for layer\.w; there are out_in, in_out"),

@@ -81,9 +81,21 @@ def test_the_square_in_the_middle() -> None:
     assert torch.equal(pictures.centre(picture, None, "it"), picture)
 
 
-def test_aspect_keeps_pixels_square() -> None:
-    frame = image_frame(100, 200, ImageTask.Options(aspect="keep"))
-    assert frame.coordinate_range == ((-0.5, 0.5), (-1.0, 1.0))
+@pytest.mark.parametrize(("height", "width"), [(100, 200), (7, 3), (2, 9), (5, 5)])
+def test_aspect_keeps_pixels_square(height: int, width: int) -> None:
+    """From pixel to pixel it is as far down as it is to the right."""
+    frame = image_frame(height, width, ImageTask.Options(aspect="keep"))
+    grid = frame.grid(dtype=torch.float64).view(height, width, 2)
+    down, right = grid[1, 0, 0] - grid[0, 0, 0], grid[0, 1, 1] - grid[0, 0, 1]
+    torch.testing.assert_close(down, right)
+    assert float(grid.max()) == 1
+    torch.testing.assert_close(grid.flip(0, 1), -grid)
+
+
+def test_a_line_of_pixels_lies_in_the_middle() -> None:
+    line = image_frame(1, 4, ImageTask.Options(aspect="keep")).grid()
+    assert line.tolist() == [[0, -1], [0, pytest.approx(-1 / 3)], [0, pytest.approx(1 / 3)], [0, 1]]
+    assert image_frame(1, 1, ImageTask.Options(aspect="keep")).grid().tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])

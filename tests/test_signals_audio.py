@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -160,6 +161,15 @@ def test_an_exact_field_is_written_as_the_file_was(folder: Path) -> None:
     np.testing.assert_allclose(back, sound(channels=2), atol=2**-15)
 
 
+def test_a_full_disk_is_named_with_the_file(folder: Path) -> None:
+    task = AudioTask([folder / "0.wav"], AudioTask.Options(extent=100.0), CPU)
+    (folder / "out").mkdir()
+    (folder / "out/0.wav").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        task.write(Exact(task.truth[0]), folder / "out")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(folder / "out/0.wav"))
+
+
 def test_several_sounds_are_fitted_as_each_alone(folder: Path) -> None:
     config = FieldConfig(mlp=MLPConfig(width=16, hidden_layers=1, activation=ActivationConfig(first_omega=300.0)))
 
@@ -219,6 +229,8 @@ def test_the_program_leaves_sounds_and_pictures(folder: Path) -> None:
         (["signal.path={folder}/r*.ogg"], "16000 samples a second and .* has 8000; set signal.rate"),
         (["signal.path={folder}/silence.aiff"], "is silent"),
         (["signal.path={folder}/text.mp3"], "text.mp3 is not a sound that can be read"),
+        (["signal.path={folder}/tiny1.wav"], "tiny1.wav has 1 sample; a sound has two or more"),
+        (["signal.path={folder}/tiny0.wav"], "tiny0.wav has 0 samples; a sound has two or more"),
         (["signal.path={folder}/0.wav", "signal.extent=0"], "signal.extent is 0.0"),
     ],
 )
@@ -229,6 +241,8 @@ def test_bad_sound_gets_a_sentence(folder: Path, arguments: list[str], message: 
     for rate in (8000, 16000):
         soundfile.write(folder / f"r{rate:05d}.ogg", sound(), rate)
     soundfile.write(folder / "silence.aiff", np.zeros(100), RATE)
+    for length in (0, 1):
+        soundfile.write(folder / f"tiny{length}.wav", np.ones(length), RATE)
     with pytest.raises(InputError, match=message):
         main(["--debug", "task=audio", *(a.format(folder=folder) for a in arguments), f"run.dir={folder / 'run'}"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -167,6 +168,31 @@ def test_a_film_of_the_error(tmp_path: Path) -> None:
         array = np.asarray(film.convert("RGB")).astype(int).sum(-1)
     assert (array[:4, :4] > 400).all()
     assert (array[4:] < 10).all()
+
+
+def test_how_good_each_frame_is(tmp_path: Path) -> None:
+    """Frames of one grey, shown as black: -20 log10(grey)."""
+    greys = np.array([60, 120, 30])
+    for i, grey in enumerate(greys):
+        Image.fromarray(np.full((8, 8), grey, np.uint8)).save(tmp_path / f"{i}.png")
+    task = VideoTask([tmp_path], VideoTask.Options(), CPU)
+
+    class Black(Field):
+        def __init__(self) -> None:
+            super().__init__(coordinate_dims=3, channels=1, copies=None, derivatives=0)
+
+        def values(self, coords: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(coords[:, :1], -1.0)
+
+    out = tmp_path / "out"
+    out.mkdir()
+    assert {out / "psnr.json", out / "psnr.png"} <= set(task.write(Black(), out))
+    by_frame = json.loads((out / "psnr.json").read_text())
+    np.testing.assert_allclose(by_frame, -20 * np.log10(greys / 255), atol=1e-4)
+    found = task.evaluate(Black()).metrics
+    assert [float(found[name]) for name in ("psnr", "psnr_worst")] == pytest.approx([np.mean(by_frame), by_frame[1]])
+    with Image.open(out / "psnr.png") as curve:
+        assert min(curve.size) > 100
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import json
 import math
 import shutil
 import weakref
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from data_pipes.prepare import synthetic_scene
 from data_pipes.prepare.__main__ import main as prepare
@@ -129,6 +130,16 @@ def test_places_fall_where_the_weights_are() -> None:
     torch.testing.assert_close(even, torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5]]))
 
 
+class Rainbow(Field):
+    """Fog whose colours are its places."""
+
+    def __init__(self) -> None:
+        super().__init__(coordinate_dims=3, channels=4, copies=None, derivatives=0)
+
+    def values(self, coords: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.full_like(coords[..., :1], 1.0), 4 * coords], -1)
+
+
 class Fog(Field):
     """One density and one colour everywhere."""
 
@@ -222,6 +233,16 @@ def test_views_that_judge_have_a_size_and_an_angle_of_their_own(scene: Path) -> 
         assert film.size == (16, 16)
 
 
+def test_smaller_pictures_are_of_whole_ones(scene: Path) -> None:
+    """What is left over would be cut off, and rays would run beside what they saw."""
+    with pytest.raises(InputError, match=r"frame 0 \(./train/r_0\) is 16 x 16 pixels; .*both sides: 1, 2, 4, 8, 16\."):
+        RadianceTask([scene], RadianceTask.Options(smaller=3), CPU)
+    resized(scene, "test", 24, 1.1)
+    with pytest.raises(InputError, match=r"smaller is 8, and .*test/r_0\) is 20 x 24 pixels; .*both sides: 1, 2, 4\."):
+        RadianceTask([scene], RadianceTask.Options(smaller=8), CPU)
+    assert RadianceTask([scene], RadianceTask.Options(smaller=4), CPU).kept.pictures.shape == (2, 5, 6, 3)
+
+
 def test_only_views_that_are_used_are_read_one_at_a_time(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than one picture is held at its full size."""
     original, read, held = radiance._over, list[Path](), list[weakref.ref[torch.Tensor]]()
@@ -255,6 +276,16 @@ def test_a_circle_of_cameras() -> None:
         assert float(camera[2, 1]) > 0  # upright
 
 
+def test_the_film_shows_the_scene_from_several_sides(scene: Path) -> None:
+    task = RadianceTask([scene], RadianceTask.Options(samples=8, importance=0, orbit=3, test_views=1), CPU)
+    assert scene / "orbit.gif" in task.write(Rainbow(), scene)
+    with Image.open(scene / "orbit.gif") as film:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(film)]
+    assert len(frames) == 3
+    for one, other in combinations(frames, 2):
+        assert np.abs(one - other).mean() > 5
+
+
 def test_the_program_leaves_views_and_a_film(scene: Path) -> None:
     out = scene / "run"
     arguments = ["--debug", "task=radiance", f"signal.path={scene}", f"run.dir={out}", "signal.samples=4",
@@ -263,8 +294,7 @@ def test_the_program_leaves_views_and_a_film(scene: Path) -> None:
     found = json.loads((out / "result.json").read_text())
     assert set(found["final"]) == {"psnr", "ssim"}
     assert found["signal"]["judged by"] == ["./test/r_0"]
-    with Image.open(out / "reconstruction/orbit.gif") as film:
-        assert film.n_frames >= 1
+    assert (out / "reconstruction/orbit.gif").is_file()
     with Image.open(out / "reconstruction/000.png") as row:
         assert row.size == (48, 16)
 

@@ -142,6 +142,19 @@ def test_dicom_is_scaled_and_windowed() -> None:
     np.testing.assert_allclose(window, np.clip((units + 160) / 400, 0, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [(), (-160.0, 240.0)])
+def test_a_radiograph_whose_least_number_is_white_is_no_negative(tmp_path: Path, window: tuple[float, ...]) -> None:
+    """MONOCHROME1 of numbers turned round is the same picture."""
+    content = dcmread(get_testdata_file("CT_small.dcm"))
+    expected = read_dicom(Path(content.filename), window)
+    content.PhotometricInterpretation = "MONOCHROME1"
+    content.PixelData = (-content.pixel_array).tobytes()
+    content.RescaleIntercept, content.RescaleSlope = -content.RescaleIntercept, content.RescaleSlope
+    content.save_as(tmp_path / "a.dcm")
+    found = read_dicom(tmp_path / "a.dcm", tuple(-number for number in reversed(window)))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("tags", [("RescaleSlope", "RescaleIntercept"), ("WindowCenter", "WindowWidth")])
 def test_an_empty_tag_is_one_that_is_absent(tmp_path: Path, tags: tuple[str, str]) -> None:
     content = dcmread(get_testdata_file("CT_small.dcm"))
@@ -212,6 +225,7 @@ def test_a_noisy_scan_of_a_smooth_slice(folder: Path) -> None:
         (["signal.path=pydicom:CT_small", "signal.views=0"], "signal.views must be at least 1"),
         (["signal.path=pydicom:CT_small", "signal.sigma=-1"], "signal.sigma and signal.readout cannot be negative"),
         (["signal.path=pydicom:CT_small", "signal.photons=9", "signal.sigma=1"], "instead of signal.sigma"),
+        (["signal.path=pydicom:CT_small", "signal.scale=0"], "signal.scale is 0; it must be at least 1"),
         (["signal.path={folder}/a.png"], "is black inside the disc"),
     ],
 )

@@ -144,7 +144,10 @@ def describe(config: FitConfig, going: GroupedFit) -> None:
 
 
 def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
-    """Fit under a progress bar, with the running metric; saves now and then, and when stopped. Whether it is done."""
+    """Fit under a progress bar, with the running metric. Whether it is done.
+
+    Saves now and then, when stopped, and after the last step.
+    """
     run, metric = Path(config.run.dir), going.metric
     checkpoint, film = run / "checkpoint.safetensors", Film(run / "film") if config.run.film else None
     saved = time.monotonic()
@@ -171,8 +174,8 @@ def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
                 saved = time.monotonic()
 
         going.run(lambda: stop.signal is not None, on_evaluation, on_step)
+    going.save(checkpoint)  # also of the last step: what `conclude` writes may fail, and can then be written again
     if not going.finished:
-        going.save(checkpoint)
         print(
             f"\nStopped at step {going.step} of {config.optim.steps}; saved. Go on with:\n"
             f"    python -m train.fit --resume run.dir={run}",
@@ -182,7 +185,10 @@ def fit(going: GroupedFit, config: FitConfig, *, stop: StopRequested) -> bool:
 
 
 def conclude(going: GroupedFit, config: FitConfig, peak_memory: int) -> None:
-    """Write everything that a fit leaves, and say what came of it."""
+    """Write everything that a fit leaves, and say what came of it.
+
+    The checkpoint goes when all is written: until then `--resume` comes back to here.
+    """
     run, files = Path(config.run.dir), []
     folder = run / "reconstruction"
     folder.mkdir(exist_ok=True)

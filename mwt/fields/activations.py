@@ -91,6 +91,15 @@ class Activation(nn.Module):
         for name, value in self.learned.items():
             setattr(self, name, nn.Parameter(draws.full(value)))
 
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        """How fast it changes with z: the frequency of a wave, or one over a width; 0 where it has neither.
+
+        Args:
+            values: of its settings (`activation_values`).
+        """
+        return max(values.get("omega", 0.0), values.get("scale", 0.0))
+
     def setting(self, name: str) -> Tensor | float:
         """A setting, shaped to multiply [*N, P, H]."""
         value: Tensor | float = getattr(self, name)
@@ -173,6 +182,11 @@ class Gaussian(Activation):
 class SuperGaussian(Activation):
     defaults: ClassVar = {"a": 1.0, "b": 1.0}
 
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        """s of the Gaussian exp(-(s z)^2) that it is."""
+        return math.sqrt(values["b"] / 2) / values["a"]
+
     def forward(self, z: Tensor) -> Tensor:
         return ((z / self.setting("a")).square() * (-0.5 * self.setting("b"))).exp()
 
@@ -181,12 +195,20 @@ class Laplacian(Activation):
     defaults: ClassVar = {"a": 1.0}
     derivatives = 1
 
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        return 1 / values["a"]
+
     def forward(self, z: Tensor) -> Tensor:
         return (-z.abs() / self.setting("a")).exp()
 
 
 class Quadratic(Activation):
     defaults: ClassVar = {"a": 1.0}
+
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        return values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
         return 1 / (1 + (self.setting("a") * z).square())
@@ -195,12 +217,20 @@ class Quadratic(Activation):
 class MultiQuadratic(Activation):
     defaults: ClassVar = {"a": 1.0}
 
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        return values["a"]
+
     def forward(self, z: Tensor) -> Tensor:
         return (1 + (self.setting("a") * z).square()).rsqrt()
 
 
 class ExpSin(Activation):
     defaults: ClassVar = {"a": 1.0}
+
+    @classmethod
+    def steepness(cls, values: dict[str, float]) -> float:
+        return values["a"]
 
     def forward(self, z: Tensor) -> Tensor:
         return (-(self.setting("a") * z).sin()).exp()

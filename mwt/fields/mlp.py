@@ -77,7 +77,7 @@ class CoordinateMLP(Field):
         self.norms = nn.ModuleList(BatchNorm(draws, width) for _ in range(count if config.batch_norm else 0))
         if config.activation.name == "relu" and config.encoding.name == "identity":
             self.relative_lr = RELATIVE_LR_RELU
-        frequency = max(settings.get("omega", 0.0), settings.get("scale", 0.0))
+        frequency = kind.steepness(settings)
         if rule != "siren" and frequency > SIREN_NORM / TORCH_NORM:
             self.relative_lr = RELATIVE_LR * SIREN_NORM / TORCH_NORM / frequency
         if not config.batch_norm:  # with it, a value depends on the other points too

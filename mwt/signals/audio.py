@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def read_sound(path: Path, options: AudioOptions) -> tuple[Float[Tensor, "T C"],
     try:
         with library.SoundFile(path) as file:
             rate, length, channels = file.samplerate, file.frames, file.channels
+            if length < 2:
+                raise InputError(f"{path} has {length} sample{'s' * (length != 1)}; a sound has two or more.")
             first = round(options.start * rate)
             count = length - first if options.seconds is None else round(options.seconds * rate)
             if first < 0 or count < 2 or first + count > length:
@@ -137,6 +140,22 @@ def read_sounds(paths: Sequence[Path], options: AudioOptions) -> tuple[list[Floa
                 f"{path} has {other_rate} samples a second and {paths[0]} has {rate}; set signal.rate for all."
             )
     return [sound for sound, _ in found], rate
+
+
+def write_sound(path: Path, sound: Float[Tensor, "T C"], rate: int) -> Path:
+    """Write a WAV file of 16 bits; beyond full scale is cut off.
+
+    Raises:
+        OSError: disk full, no permission; names the file. (libsndfile does not say why it could not write a file.)
+    """
+    content = BytesIO()
+    soundfile().write(content, sound.numpy(), rate, subtype="PCM_16", format="WAV")
+    try:
+        path.write_bytes(content.getbuffer())
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    return path
 
 
 # ---- how good a sound is ---------------------------------------------------------------------------------------------
@@ -286,14 +305,13 @@ class AudioTask(Task):
 
         The pictures are spectrograms: the truth above the field, and their difference on the same scale.
         """
-        library, files = soundfile(), []
+        files = []
         shown = show(fields, self.coords).cpu()
         for name, own, truth, peak in zip(self.names, shown, self.truth.cpu(), self.peaks, strict=True):
             stem = Path(name).stem
             for ending, sound in ((".wav", own), (".truth.wav", truth)):
                 path = folder / f"{stem}{ending}"
-                library.write(path, (sound * peak).numpy(), self.rate, subtype="PCM_16", format="WAV")
-                files.append(path)
+                files.append(write_sound(path, sound * peak, self.rate))
             scale = loudest(truth.mean(-1))
             above, below, error = (spectrogram(part.mean(-1), scale) for part in (truth, own, own - truth))
             line = torch.full_like(above[:, :3], 255)

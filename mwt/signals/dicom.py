@@ -64,6 +64,8 @@ def is_dicom(path: Path) -> bool:
 def read_dicom(path: Path, window: tuple[float, ...] = ()) -> Float[Tensor, "h w 1"]:
     """One slice: stored numbers times slope plus intercept (Hounsfield units of a CT), the window to [0, 1], clamped.
 
+    MONOCHROME1, which many radiographs are, says that the least number is white: there 0 and 1 change places.
+
     Args:
         path: the file.
         window: (low, high), what becomes 0 and 1. (): the file's own window, or, where it has none, least and greatest.
@@ -94,7 +96,10 @@ def read_dicom(path: Path, window: tuple[float, ...] = ()) -> Float[Tensor, "h w
         raise InputError(f"{path}: a tag of its scale or window is no number ({error}); mend the tag.") from error
     if not low < high:
         raise InputError(f"{path}: the window is {low:g} to {high:g}; it must rise (signal.window).")
-    return torch.from_numpy(np.clip((units - low) / (high - low), 0, 1)).float()[..., None]
+    levels = np.clip((units - low) / (high - low), 0, 1)
+    if content.get("PhotometricInterpretation") == "MONOCHROME1":
+        levels = 1 - levels
+    return torch.from_numpy(levels).float()[..., None]
 
 
 def _own_window(content: Any, units: Float[np.ndarray, "h w"]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mwt.config_checks import require
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
 from mwt.signals.pictures import (
@@ -44,6 +45,9 @@ class ImageOptions:
     scale: int = 1
     """Written reconstructions have so many times the pixels along each axis."""
 
+    def __post_init__(self) -> None:
+        require(self.scale >= 1, f"signal.scale is {self.scale}; it must be at least 1.")
+
 
 def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
     """Axes (y, x), row by row, end points included.
@@ -53,8 +57,8 @@ def image_frame(height: int, width: int, options: ImageOptions) -> Frame:
     """
     if options.aspect not in ("stretch", "keep"):
         raise InputError(f"signal.aspect is {options.aspect!r}; it is stretch or keep.")
-    longer = max(height, width)
-    spans = (1.0, 1.0) if options.aspect == "stretch" else (height / longer, width / longer)
+    steps = max(height, width, 2) - 1  # end points are included: a side of n pixels has n - 1 steps
+    spans = (1.0, 1.0) if options.aspect == "stretch" else ((height - 1) / steps, (width - 1) / steps)
     return Frame(
         kind="image",
         axes=("y", "x"),
@@ -78,8 +82,6 @@ class ImageTask(Task):
     def __init__(self, paths: Sequence[Path], options: ImageOptions, device: torch.device) -> None:
         pictures = read_pictures(paths, grey=options.grey, crop=options.crop).to(device)
         self.names = signal_names(paths)
-        if options.scale < 1:
-            raise InputError(f"signal.scale is {options.scale}; it must be at least 1.")
         self.options = options
         self.between = self.between or options.scale > 1
         self.set_truth(pictures)

@@ -59,7 +59,8 @@ class Scene:
             smaller: pixels along each axis that become one, their mean.
 
         Raises:
-            InputError: a picture that will not do, or is of another size than the first; names the frame.
+            InputError: a picture that will not do, or is of another size than the first; names the frame. Sides that
+                `smaller` does not divide: cameras' angle and middle are those of whole pictures.
         """
         first: torch.Size | None = None
         pictures = torch.empty(0)
@@ -68,8 +69,13 @@ class Scene:
             picture = _over(self.files[number], background, where)
             if first is None:
                 first = picture.shape
-                if smaller < 1 or min(first[:2]) < smaller:
-                    raise InputError(f"signal.smaller is {smaller}; it must lie between 1 and the size of a picture.")
+                common = math.gcd(*first[:2])
+                if smaller < 1 or common % smaller:
+                    divisors = ", ".join(str(number) for number in range(1, common + 1) if common % number == 0)
+                    raise InputError(
+                        f"signal.smaller is {smaller}, and {where} is {first[0]} x {first[1]} pixels; it must divide "
+                        f"both sides: {divisors}."
+                    )
                 pictures = torch.empty(len(chosen), first[0] // smaller, first[1] // smaller, 3)
             if picture.shape != first:
                 raise InputError(f"{where} is of another size than {self.names[chosen[0]]}.")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mwt.errors import InputError
 from mwt.fields import Field, Frame
+from mwt.plots import curves_figure, figure_png
+from mwt.runtime import write_json
 from mwt.signals.pictures import PICTURES, error_map, in_order, psnr, read_pictures, ssim, to_bytes, write_shown
 from mwt.signals.task import Evaluation, Task, predict, show
 
@@ -104,18 +106,27 @@ class VideoTask(Task):
         """The frames that the field shows, not clamped."""
         return self.frame.to_data(show(fields, self.coords))[0].unflatten(0, self.truth.shape[:3])
 
+    def psnr_by_frame(self, shown: Float[Tensor, "T h w C"]) -> Float[Tensor, " T"]:
+        """Of each frame by itself."""
+        return psnr(shown.flatten(1, 2), self.truth.flatten(1, 2))
+
     def evaluate(self, fields: Field) -> Evaluation:
         """PSNR and SSIM, frame by frame; the frame in the middle."""
         shown = self.reconstruct(fields)
-        by_frame = psnr(shown.flatten(1, 2), self.truth.flatten(1, 2))
+        by_frame = self.psnr_by_frame(shown)
         metrics = {"psnr": by_frame.mean()[None], "psnr_worst": by_frame.min()[None]}
         if min(shown.shape[1:3]) >= 11:
             metrics["ssim"] = ssim(shown, self.truth).mean()[None]
         return Evaluation(metrics=metrics, picture=to_bytes(shown[len(shown) // 2]))
 
     def write(self, fields: Field, folder: Path) -> list[Path]:
-        """video.gif with the truth on the left and the field on the right, video.error.gif, and the frames."""
-        shown = self.reconstruct(fields).cpu()
+        """video.gif with the truth on the left and the field on the right, video.error.gif, and the frames.
+
+        Also the PSNR of each frame in order: psnr.json, a list, and its curve psnr.png.
+        """
+        shown = self.reconstruct(fields)
+        by_frame = self.psnr_by_frame(shown).tolist()
+        shown = shown.cpu()
         films = {
             "video.gif": [to_bytes(pair) for pair in torch.cat([self.truth.cpu(), shown], dim=2)],
             "video.error.gif": [error_map(*pair) for pair in zip(shown, self.truth.cpu(), strict=True)],
@@ -124,7 +135,11 @@ class VideoTask(Task):
             arrays = [image[0] if len(image) == 1 else image.permute(1, 2, 0) for image in images]
             first, *rest = [Image.fromarray(array.contiguous().numpy()) for array in arrays]
             first.save(folder / name, save_all=True, append_images=rest, duration=80, loop=0)
-        files = [folder / name for name in films]
+        write_json(folder / "psnr.json", by_frame)
+        line = ("", list(range(len(by_frame))), by_frame)
+        figure = curves_figure([("PSNR of each frame, dB", [line])], xlabel="frame", whole_numbers=True)
+        (folder / "psnr.png").write_bytes(figure_png(figure))
+        files = [folder / name for name in (*films, "psnr.png", "psnr.json")]
         for i, (frame, truth) in enumerate(zip(shown, self.truth, strict=True)):
             files += write_shown(folder / f"{i:05d}.png", frame, truth)
         return files
