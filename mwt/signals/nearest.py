@@ -32,8 +32,8 @@ class Nearest:
         self.corners = corners[order]
         self.starts = self._starts(self.depth, count)
         low, high = self.corners.min(1), self.corners.max(1)
-        starts = [self._starts(level, count)[:-1] for level in range(self.depth + 1)]
-        self.boxes = [(np.minimum.reduceat(low, at), np.maximum.reduceat(high, at)) for at in starts]
+        places = [self._starts(level, count)[:-1] for level in range(self.depth + 1)]
+        self.boxes = [(np.minimum.reduceat(low, at), np.maximum.reduceat(high, at)) for at in places]
 
     @staticmethod
     def _starts(level: int, count: int) -> Int[np.ndarray, " N"]:
