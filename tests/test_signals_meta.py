@@ -17,7 +17,8 @@ from mwt.fields import Field, FieldConfig, Frame, load_field, save_field
 from mwt.fields.config import MLPConfig
 from mwt.fitting import fields_for
 from mwt.signals.audio import AudioTask
-from mwt.signals.meshes import Nearest, read_mesh
+from mwt.signals.meshes import read_mesh
+from mwt.signals.nearest import Nearest
 from mwt.signals.poisson import PoissonTask
 from mwt.signals.radiance import RadianceTask
 from mwt.signals.shape import ShapeTask
@@ -52,7 +53,7 @@ def test_a_shape(tmp_path: Path, mode: str) -> None:
     if mode == "occupancy":
         np.testing.assert_array_equal(values > 0, inside)
     else:
-        file = Nearest(read_mesh(tmp_path / "box.ply"), np.random.default_rng(0))(places)
+        file = Nearest(read_mesh(tmp_path / "box.ply").corners)(places)
         np.testing.assert_allclose(meta["scale"][1] * values, np.where(inside, -1, 1) * file, atol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Triangle meshes: files, distances to them, what lies inside, pictures of them; shared by tasks that see shapes."""
+"""Triangle meshes: files, what lies inside, pictures of them; shared by tasks that see shapes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from matplotlib import colormaps
-from scipy.spatial import cKDTree
 from torch import Tensor
 
 from mwt.errors import InputError
+from mwt.signals.nearest import Nearest
 
 MESHES = (".obj", ".ply", ".stl", ".off")
 """Endings that `read_mesh` takes."""
-NEIGHBOURS = 8
-PAIRS = 2**19
-"""Pairs of a point and a triangle that are held at a time."""
+PAIRS = 2**16
+"""Pairs of a point and a triangle that are worked on at a time."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Corners of triangles, counter-clockwise from outside where the mesh is closed."""
+    """Corners of triangles, counter-clockwise from outside where the mesh is closed.
+
+    A closed mesh may have several bodies: outside is where they wind about a point 0 times in all (`contains`).
+    """
 
     vertices: Float[np.ndarray, "V 3"]
     triangles: Int[np.ndarray, "T 3"]
@@ -66,7 +68,7 @@ def trimesh_library() -> Any:
 
 
 def read_mesh(path: Path) -> Mesh:
-    """An OBJ, PLY, STL or OFF file; vertices at one place are one, and a closed mesh is turned outside out.
+    """An OBJ, PLY, STL or OFF file; vertices at one place are one, and bodies of a closed mesh are turned (`_turned`).
 
     Raises:
         InputError: no such file, not a mesh, no triangles, vertices that are not finite, or no area.
@@ -84,12 +86,42 @@ def read_mesh(path: Path) -> Mesh:
     if not np.isfinite(found.vertices).all():
         raise InputError(f"{path} holds a vertex that is not three finite numbers.")
     watertight = bool(found.is_watertight and found.is_winding_consistent)
-    if watertight and found.volume < 0:
-        found.invert()
     mesh = Mesh(np.asarray(found.vertices, dtype=np.float64), np.asarray(found.faces, dtype=np.int64), watertight)
+    if watertight:
+        mesh = _turned(
+            mesh, library.graph.connected_component_labels(found.face_adjacency, node_count=len(found.faces))
+        )
     if not np.linalg.norm(mesh.crosses, axis=1).sum() > 0:
         raise InputError(f"{path} has no triangle with an area: its vertices lie on a line or at one place.")
     return mesh
+
+
+def _turned(mesh: Mesh, bodies: Int[np.ndarray, " T"]) -> Mesh:
+    """A closed mesh whose bodies (numbers of triangles that share edges) are turned by how they lie in each other.
+
+    A body within no other is turned outwards, one within one other (all of its vertices are) inwards: it is a cavity.
+    One within two is outwards again, and so on. How the file turns them counts for nothing, since files do it at will:
+    two balls, one in the other, are a hollow ball, whichever way they face. Bodies that overlap lie outside each other.
+    """
+    count = int(bodies.max()) + 1
+    firsts = np.unique(bodies, return_index=True)[1]
+    corners = mesh.corners
+    heights = ((corners[:, 0] - corners[firsts, 0][bodies]) * mesh.crosses).sum(1)
+    outwards = np.bincount(bodies, heights) > 0  # the volume's sign
+    order = np.argsort(bodies, kind="stable")
+    parts = np.split(mesh.triangles[order], np.cumsum(np.bincount(bodies))[:-1])
+    places = [mesh.vertices[np.unique(part)] for part in parts]
+    low, high = (np.stack([end(place, axis=0) for place in places]) for end in (np.min, np.max))
+    around = np.zeros(count, dtype=np.int64)
+    for body, part in enumerate(parts):
+        within = ((low > low[body]) & (high < high[body])).all(1).nonzero()[0]
+        if len(within):
+            inside = contains(Mesh(mesh.vertices, part, watertight=True), np.concatenate([places[i] for i in within]))
+            sizes = [len(places[i]) for i in within]
+            around[within] += np.logical_and.reduceat(inside, np.cumsum([0, *sizes[:-1]]))
+    wrong = outwards != (around % 2 == 0)
+    triangles = np.where(wrong[bodies][:, None], mesh.triangles[:, ::-1], mesh.triangles)
+    return Mesh(mesh.vertices, triangles, mesh.watertight)
 
 
 def write_mesh(path: Path, mesh: Mesh) -> Path:
@@ -131,39 +163,14 @@ def sample_surface(
     return (1 - root) * a + root * (1 - along) * b + root * along * c, chosen
 
 
-class Nearest:
-    """Distances to a mesh: those to the triangles of the nearest of many points on it, the least of them.
-
-    The triangles are the right ones but for ties: with points `d` apart, an error is below d^2 over twice the distance.
-    """
-
-    def __init__(self, mesh: Mesh, rng: np.random.Generator) -> None:
-        points, self.owners = sample_surface(mesh, max(50_000, 8 * len(mesh.triangles)), rng)
-        self.tree = cKDTree(points)
-        self.corners = mesh.corners
-
-    def __call__(self, points: Float[np.ndarray, "P 3"]) -> Float[np.ndarray, " P"]:
-        """Euclidean distances, without a sign."""
-        from trimesh.triangles import closest_point
-
-        result = np.empty(len(points))
-        for start in range(0, len(points), PAIRS // NEIGHBOURS):
-            asked = points[start : start + PAIRS // NEIGHBOURS]
-            owners = self.owners[self.tree.query(asked, NEIGHBOURS)[1]]  # [P, K]
-            many = np.repeat(asked, NEIGHBOURS, axis=0)
-            away = np.linalg.norm(closest_point(self.corners[owners.ravel()], many) - many, axis=1)
-            result[start : start + len(asked)] = away.reshape(-1, NEIGHBOURS).min(1)
-        return result
-
-
 def crossings(
     mesh: Mesh, points: Float[np.ndarray, "P 3"], axis: int
-) -> Iterator[tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"], Float[np.ndarray, " H"]]]:
+) -> Iterator[tuple[Int[np.ndarray, " H"], Int[np.ndarray, " H"], Float[np.ndarray, " H"], Int[np.ndarray, " H"]]]:
     """Where the lines through points, along an axis, go through the mesh: points, triangles, heights along the axis.
 
-    Triangles are found through a table of cells across the axis. A line belongs to one of two triangles at an edge
-    that they share (the edge is always computed from its lower end), so that those through a closed mesh cross it an
-    even number of times.
+    And 1 or -1, which differ between lines that enter and that leave. Triangles are found through a table of cells
+    across the axis. A line belongs to one of two triangles at an edge that they share (the edge is always computed from
+    its lower end), so that those through a closed mesh cross it an even number of times, and the signs sum to 0.
     """
     across = [other for other in range(3) if other != axis]
     flat = mesh.corners[:, :, across]  # [T, 3, 2]
@@ -189,12 +196,13 @@ def crossings(
         which, offset = _repeated(counts[part])
         asked = inside[part[which]]
         triangles = owners[starts[table[part[which]]] + offset]
-        hit = _contains(flat[triangles], points[asked][:, across])
+        turns = _turns(flat[triangles], points[asked][:, across])
+        hit = turns != 0
         asked, triangles = asked[hit], triangles[hit]
         normal, anchor = normals[triangles], anchors[triangles]
         slope = normal[:, across] / np.where(normal[:, axis] == 0, 1e-30, normal[:, axis])[:, None]
         heights = anchor[:, axis] - (slope * (points[asked] - anchor)[:, across]).sum(1)
-        yield asked, triangles, heights
+        yield asked, triangles, heights, turns[hit]
 
 
 def _repeated(counts: Int[np.ndarray, " N"]) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
@@ -203,9 +211,12 @@ def _repeated(counts: Int[np.ndarray, " N"]) -> tuple[Int[np.ndarray, " M"], Int
     return which, np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _contains(corners: Float[np.ndarray, "M 3 2"], points: Float[np.ndarray, "M 2"]) -> Bool[np.ndarray, " M"]:
-    """Whether each point lies in its triangle of the plane: a half-line to the right crosses one edge."""
-    hit = np.zeros(len(points), dtype=bool)
+def _turns(corners: Float[np.ndarray, "M 3 2"], points: Float[np.ndarray, "M 2"]) -> Int[np.ndarray, " M"]:
+    """How often each triangle of the plane winds about its point, counter-clockwise: -1, 0 or 1.
+
+    Of the edges that a half-line to the right crosses, those that go up, less those that go down.
+    """
+    turns = np.zeros(len(points), dtype=np.int64)
     x, y = points.T
     for i, j in ((0, 1), (1, 2), (2, 0)):
         a, b = corners[:, i], corners[:, j]
@@ -213,21 +224,25 @@ def _contains(corners: Float[np.ndarray, "M 3 2"], points: Float[np.ndarray, "M 
         upper = np.where((a[:, 1] < b[:, 1])[:, None], b, a)
         straddles = (lower[:, 1] > y) != (upper[:, 1] > y)
         rise = np.where(straddles, upper[:, 1] - lower[:, 1], 1.0)
-        hit ^= straddles & (x < lower[:, 0] + (y - lower[:, 1]) * ((upper[:, 0] - lower[:, 0]) / rise))
-    return hit
+        crossed = straddles & (x < lower[:, 0] + (y - lower[:, 1]) * ((upper[:, 0] - lower[:, 0]) / rise))
+        turns += np.where(a[:, 1] < b[:, 1], 1, -1) * crossed
+    return turns
 
 
 def contains(mesh: Mesh, points: Float[np.ndarray, "P 3"]) -> Bool[np.ndarray, " P"]:
-    """Whether points lie inside: lines along two of the three axes cross the mesh above them an odd number of times.
+    """Whether points lie inside, by the mesh above them along two of the three axes.
 
-    Exact for a closed mesh, but for rounding; the vote mends most of what a small hole does (Nooruddin and Turk 2003).
+    From inside a closed mesh, a line leaves it more often than it enters, or less (the winding number is not 0): what
+    two bodies share is inside. Exact but for rounding. An open mesh, whose triangles may face any way, is crossed an
+    odd number of times; the vote mends most of what a small hole does (Nooruddin and Turk 2003).
     """
     votes = np.zeros(len(points), dtype=np.int64)
     for axis in range(3):
         above = np.zeros(len(points), dtype=np.int64)
-        for asked, _, heights in crossings(mesh, points, axis):
-            above += np.bincount(asked[heights > points[asked, axis]], minlength=len(points))
-        votes += above % 2
+        for asked, _, heights, turns in crossings(mesh, points, axis):
+            higher = heights > points[asked, axis]
+            np.add.at(above, asked[higher], turns[higher])
+        votes += above != 0 if mesh.watertight else above % 2
     return votes >= 2
 
 
@@ -260,7 +275,7 @@ def _seen(mesh: Mesh | None, size: int) -> Int[np.ndarray, " P"]:
         line = (2 * np.arange(size) + 1) / size - 1
         y, x = np.meshgrid(-line, line, indexing="ij")
         points = np.stack([x.ravel(), y.ravel(), np.zeros(size * size)], axis=1)
-        for asked, triangles, heights in crossings(mesh, points, 2):
+        for asked, triangles, heights, _ in crossings(mesh, points, 2):
             order = np.argsort(heights)  # the highest on a line, which comes in one part, is assigned last
             picture[asked[order]] = triangles[order]
     return picture
@@ -286,6 +301,6 @@ def render_distances(mesh: Mesh | None, other: Mesh | None, size: int, most: flo
         shown, places = np.unique(seen[seen >= 0], return_inverse=True)
         far = np.full(len(shown), most)
         if other is not None and len(shown):
-            far = Nearest(other, np.random.default_rng(0))(mesh.corners[shown].mean(1))
+            far = Nearest(other.corners)(mesh.corners[shown].mean(1))
         picture[seen >= 0] = colormaps["inferno"]((far / most).clip(0, 1))[places, :3]
     return torch.from_numpy(picture).float().view(size, size, 3)

@@ -20,7 +20,6 @@ from mwt.rng import derived_seed
 from mwt.signals.meshes import (
     MESHES,
     Mesh,
-    Nearest,
     Placement,
     contains,
     marching_cubes,
@@ -30,6 +29,7 @@ from mwt.signals.meshes import (
     sample_surface,
     write_mesh,
 )
+from mwt.signals.nearest import Nearest
 from mwt.signals.pictures import to_bytes, write_picture
 from mwt.signals.task import Evaluation, Task, predict, show, signal_names
 
@@ -44,7 +44,8 @@ class ShapeOptions:
     """What is fitted, where it is asked, and how it is judged."""
 
     mode: str = "occupancy"
-    """occupancy: positive inside, negative outside. distance: signed distance, negative inside; needs a closed mesh."""
+    """occupancy: positive inside, negative outside. distance: signed distance, negative inside; needs a closed mesh.
+    Faces of one body within another are surface too."""
     loss: str = "bce"
     """occupancy: bce takes the field's values as logits, mse compares them with 1 and -1."""
     reach: float = 0.9
@@ -114,7 +115,7 @@ def ask(mesh: Mesh, options: ShapeOptions) -> tuple[np.ndarray, np.ndarray, np.n
     normals = np.concatenate([np.zeros((anywhere + near, 3)), mesh.normals[owners]])
     values = np.where(contains(mesh, coords), 1.0, -1.0)
     if options.mode == "distance":
-        values = -values * Nearest(mesh, rng)(coords)
+        values = -values * Nearest(mesh.corners)(coords)
         values[anywhere + near :] = 0.0
     return coords, values, normals
 
@@ -287,6 +288,6 @@ def chamfer_distance(surface: Mesh | None, mesh: Mesh, *, count: int = 10_000) -
     if surface is None:
         return NOWHERE
     rng = np.random.default_rng(0)
-    there = Nearest(mesh, rng)(sample_surface(surface, count, rng)[0])
-    back = Nearest(surface, rng)(sample_surface(mesh, count, rng)[0])
+    there = Nearest(mesh.corners)(sample_surface(surface, count, rng)[0])
+    back = Nearest(surface.corners)(sample_surface(mesh, count, rng)[0])
     return float(there.mean() + back.mean()) / 2
