@@ -159,7 +159,7 @@ def write_tables(grid: GridConfig, cells: list[Cell], out: Path, heading: str, c
     for plot in grid.plots:
         titles = [column.title for column in (grid.columns[plot.x], grid.columns[plot.y])]
         panels = [(pattern, [pair for pair in points(rows, plot, pattern) if pair[1]]) for pattern in plot.panels]
-        panels = [(pattern, curves) for pattern, curves in panels if curves]
+        panels = [(pattern.rstrip("*").rstrip(" ,:"), curves) for pattern, curves in panels if curves]
         if panels:
             from mwt.plots import family_figure, figure_png, tradeoff_figure  # matplotlib, for grids with plots alone
 
