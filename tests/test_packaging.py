@@ -158,7 +158,8 @@ def test_no_file_has_the_name_of_a_drawer() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_test_without_an_assertion_is_refused(tmp_path: Path, workers: str) -> None:
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_two.py").write_text("def test_silent():\n    print()\n\ndef test_loud():\n    assert True\n")

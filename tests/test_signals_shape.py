@@ -269,7 +269,7 @@ def test_a_lattice_knows_a_box_exactly(folder: Path, loss: str) -> None:
     assert found < 1
 
 
-@pytest.mark.parametrize("points", ["null", 800])
+@pytest.mark.parametrize("points", [pytest.param("null", marks=pytest.mark.slow), 800])
 def test_asmr_learns_a_lattice(folder: Path, points: object) -> None:
     """All points at a step, or tiles: every one right in the end, and a surface within a step of the faces."""
     arguments = ["task=shape", f"signal.path={folder}/box.obj", "signal.lattice=12", f"run.dir={folder / 'run'}",
@@ -298,7 +298,7 @@ def test_several_boxes_on_one_lattice(folder: Path) -> None:
         torch.testing.assert_close(together.fields.state_dict()[key][1], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["occupancy", "distance"])
+@pytest.mark.parametrize("mode", [pytest.param("occupancy", marks=pytest.mark.slow), "distance"])
 def test_the_program_finds_a_ball(folder: Path, mode: str) -> None:
     out = folder / "run"
     arguments = ["task=shape", f"signal.path={folder}/ball.ply", f"signal.mode={mode}", f"run.dir={out}", *SMALL_KEYS,

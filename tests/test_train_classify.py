@@ -461,7 +461,9 @@ def test_the_training_split_can_be_monitored(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_to_a_real_process(tmp_path: Path, server: Server, number: int, status: int) -> None:
     run = tmp_path / "run"
     process = server.start("--debug", f"run.dir={run}", "data.limit=null", "optim.epochs=1000")

@@ -80,7 +80,8 @@ OPTIONS = (
 
 @pytest.mark.parametrize(
     ("options", "step"),
-    [*((options, 3) for options in OPTIONS), (OPTIONS[-1], 5),
+    [(OPTIONS[0], 3), (OPTIONS[3], 3), (OPTIONS[-1], 5),
+     *(pytest.param(OPTIONS[i], 3, marks=pytest.mark.slow) for i in (1, 2, 4, 5)),
      *(pytest.param(options, 5, marks=pytest.mark.slow) for options in OPTIONS[:-1])],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else f"step {value}",
 )  # fmt: skip
