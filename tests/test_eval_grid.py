@@ -93,7 +93,7 @@ columns:
   percent: {title: "percent", stage: make, file: judged.json, path: share, factor: 100}
   pace: {title: pace, stage: make, file: log.jsonl, path: seconds, per: epoch, average: false, decimals: 1}
   wall: {title: "wall, s", stage: make, path: seconds, average: false}
-  share: {title: "over 0.1's", stage: make, file: result.json, path: mean|score|score.mean, over: "0.1"}
+  share: {title: "over 0.1's", stage: make, file: result.json, path: score.mean, over: "0.1"}
 """
 PLOTS = """
 plots:

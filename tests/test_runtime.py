@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -121,6 +122,7 @@ for lines in (1, 100_000):  # kept back until the end, and more than a pipe take
 def test_the_peak_is_of_what_came_after() -> None:
     """ru_maxrss would say 200 MB, and what is free but kept is not used unseen."""
     keep_freed_memory()
+    gc.collect()  # else what other tests have left may go in between, and what is taken then is not seen
     del (large := [torch.ones(50_000_000)])[:]
     measured = PeakMemory(torch.device("cpu"))
     del (small := [torch.ones(15_000_000)])[:]
